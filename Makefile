@@ -1,0 +1,50 @@
+# One command each. `make demo` and `make test` set up what they need on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+LISTEN ?= 127.0.0.1:50051
+
+.PHONY: demo serve test test-slow check bench protos install clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+# torch first and alone: an open range would pull the CUDA build's gigabytes onto a CPU machine.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[server,dev]'
+	touch $@
+
+install: $(INSTALLED)  ## set up .venv
+
+demo: install  ## serve the default model, stream an answer, show its internals
+	$(BIN)/python bench/demo.py
+
+serve: install  ## serve the default model on LISTEN
+	$(BIN)/cutaway-server --listen $(LISTEN)
+
+test: install  ## every test that needs no GPU, no Docker and little time
+	$(BIN)/python -m pytest
+
+test-slow: install  ## the tests marked slow
+	$(BIN)/python -m pytest -m slow
+
+check: install  ## format, lint, types, arrows between rooms, wire
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	cd protos && ../$(BIN)/buf lint && ../$(BIN)/buf format --diff --exit-code
+	$(BIN)/python protos/generate.py --check
+
+bench: install  ## measure this machine
+	$(BIN)/python bench/step.py
+
+protos: install  ## regenerate client/cutaway/v1 from protos/
+	$(BIN)/python protos/generate.py
+
+clean:  ## remove what was built
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

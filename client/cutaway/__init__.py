@@ -1,0 +1,1 @@
+"""Cutaway's client."""

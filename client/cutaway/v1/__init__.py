@@ -1,0 +1,1 @@
+"""Generated from protos/cutaway/v1 by `make protos`."""

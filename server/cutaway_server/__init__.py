@@ -1,0 +1,1 @@
+"""An LLM inference server you can see into."""

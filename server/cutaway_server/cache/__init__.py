@@ -1,0 +1,1 @@
+"""Who owns which block (`blocks`), and the tensors behind (`pages`)."""

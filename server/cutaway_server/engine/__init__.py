@@ -1,0 +1,1 @@
+"""Schedule, compute, sample, report: the loop, and the thread it runs on."""

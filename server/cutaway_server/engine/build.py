@@ -1,0 +1,154 @@
+"""An engine from a checkpoint: weights loaded, the pool sized from what memory is left, warmed up."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from cutaway_server.architecture import ModelConfig
+from cutaway_server.cache.blocks import BlockPool
+from cutaway_server.cache.pages import Pages, allocate_pages, page_bytes
+from cutaway_server.config import Config
+from cutaway_server.engine.batch import BatchBuilder
+from cutaway_server.engine.engine import Engine
+from cutaway_server.engine.memory import available_bytes, count_pages
+from cutaway_server.errors import ModelError
+from cutaway_server.kernels.reference import ReferenceKernels
+from cutaway_server.model.checkpoint import Checkpoint, load_weights
+from cutaway_server.model.transformer import Transformer
+from cutaway_server.request import Request, RequestFailed, SamplingOptions, SamplingParams
+from cutaway_server.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WIRE_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What an engine serves, and within which limits."""
+
+    config: ModelConfig
+    model_hash: str
+    n_parameters: int
+    kernels: str
+    dtype: str  # as safetensors names it
+    device: str
+    max_context: int
+    max_running: int
+    max_queued: int
+    max_batch_tokens: int
+    page_size: int
+    total_pages: int  # without page 0
+    eos_token_ids: frozenset[int]
+    defaults: SamplingOptions
+
+
+def build_engine(
+    config: Config, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None
+) -> tuple[Engine, EngineFacts]:
+    """Load the weights and make everything that computes.
+
+    Raises:
+        ModelError: the model does not fit, or the options do not fit the model.
+    """
+    device, dtype = choose_device(config.device), choose_dtype(config.dtype, choose_device(config.device))
+    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    context = _context(config, checkpoint.config)
+    with ThreadPoolExecutor(1) as hashing:  # reads the same bytes as the loader, beside it
+        digest = hashing.submit(checkpoint.reader.digest)
+        weights = load_weights(checkpoint, dtype, device, progress)
+        model_hash = digest.result()
+    model = Transformer(ReferenceKernels(checkpoint.config, weights, context))
+    pages = _pages(config, checkpoint.config, context, dtype, device)
+    engine = Engine(model, pages, _scheduler(config, pages, context), _builder(config, context, device))
+    warm_up(engine)
+    facts = EngineFacts(
+        checkpoint.config, model_hash, weights.n_parameters, model.kernels.name, WIRE_DTYPES[dtype], device.type,
+        context, config.max_running, config.max_queued, config.max_batch_tokens, config.page_size, pages.n_pages - 1,
+        checkpoint.eos_token_ids, checkpoint.defaults,
+    )  # fmt: skip
+    log.info(
+        "%s: %d parameters in %s on %s, %s kernels, %d pages of %d tokens",
+        checkpoint.config.family, facts.n_parameters, facts.dtype, facts.device, facts.kernels, facts.total_pages,
+        facts.page_size,
+    )  # fmt: skip
+    return engine, facts
+
+
+def choose_device(name: str) -> torch.device:
+    """The device asked for; auto takes a GPU if there is one.
+
+    Raises:
+        ModelError: CUDA is asked for and not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError("--device cuda: torch finds no CUDA device here")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype asked for; auto takes bfloat16 where the hardware multiplies it, else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # not emulated
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _context(config: Config, model: ModelConfig) -> int:
+    context = model.max_context if config.max_context is None else config.max_context
+    if model.learned_positions and context > model.max_context:
+        raise ModelError(f"--max-context: {context} is more than the {model.max_context} positions of the model")
+    return context
+
+
+def _pages(config: Config, model: ModelConfig, context: int, dtype: torch.dtype, device: torch.device) -> Pages:
+    one = page_bytes(model, config.page_size, dtype)
+    n_pages = count_pages(
+        available=available_bytes(device), utilization=config.memory_utilization,
+        kv_cache_memory=config.kv_cache_memory, page_bytes=one, page_size=config.page_size, max_context=context,
+        max_running=config.max_running,
+    )  # fmt: skip
+    return allocate_pages(model, n_pages, config.page_size, dtype, device)
+
+
+def _scheduler(config: Config, pages: Pages, context: int) -> Scheduler:
+    pool = BlockPool(pages.n_pages, pages.page_size, key=secrets.token_bytes(32))
+    return Scheduler(
+        pool, max_batch_tokens=config.max_batch_tokens, max_running=config.max_running, max_queued=config.max_queued,
+        max_context=context, prefix_caching=config.prefix_caching,
+    )  # fmt: skip
+
+
+def _builder(config: Config, context: int, device: torch.device) -> BatchBuilder:
+    return BatchBuilder(
+        max_rows=config.max_batch_tokens, max_sequences=config.max_running, page_size=config.page_size,
+        max_blocks=-(-context // config.page_size), device=device,
+    )  # fmt: skip
+
+
+def warm_up(engine: Engine) -> None:
+    """Run one request, so that the first user does not wait for lazy initialisation.
+
+    Raises:
+        ModelError: the model computes nothing usable.
+    """
+    sampling = SamplingParams(seed=0, max_tokens=2, temperature=1.0)
+    engine.add(Request("warm-up", (0, 0), sampling, time.monotonic(), prefix_caching=False))
+    while engine.has_work:
+        for _, event in engine.step():
+            if isinstance(event, RequestFailed):
+                raise ModelError(f"the model computes no usable logits: {event.error}")
+    engine.steps = 0

@@ -1,0 +1,253 @@
+"""One step after another: schedule, compute, sample, report. Single-threaded; `thread.py` gives it a thread."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cutaway_server.cache.pages import Pages
+from cutaway_server.engine.batch import BatchBuilder
+from cutaway_server.engine.requests import Completion, LiveRequest
+from cutaway_server.engine.scoring import score
+from cutaway_server.errors import CutawayError, DeadlineExceeded, EngineFailed
+from cutaway_server.model.transformer import Transformer
+from cutaway_server.request import (
+    CompletionEnded,
+    Event,
+    FinishReason,
+    Logprobs,
+    Request,
+    RequestEnded,
+    RequestFailed,
+    Sampled,
+    SamplingParams,
+    Started,
+)  # fmt: skip
+from cutaway_server.sampler import SampledBatch, SamplerState, build_batch, sample
+from cutaway_server.scheduler import Schedule, Scheduler, Work
+
+log = logging.getLogger(__name__)
+
+Events = list[tuple[str, Event]]
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One token to be drawn: for which completion, from which row of the last residuals."""
+
+    live: LiveRequest
+    completion: Completion
+    row: int
+
+
+class Engine:
+    """Computes the completions of all requests together, a step at a time."""
+
+    def __init__(self, model: Transformer, pages: Pages, scheduler: Scheduler, builder: BatchBuilder) -> None:
+        self.model = model
+        self.pages = pages
+        self.scheduler = scheduler
+        self.builder = builder
+        self.live: dict[str, LiveRequest] = {}
+        self.steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would compute something."""
+        return bool(self.live)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            QueueFull, InvalidField: as the scheduler finds.
+        """
+        sequence = self.scheduler.add(request)
+        sampler = SamplerState(request.sampling, request.prompt, self.model.config.d_vocab)
+        self.live[request.request_id] = LiveRequest(
+            request, Completion(sequence, sampler), set(range(request.sampling.n))
+        )
+
+    def abort(self, request_id: str, index: int | None = None) -> Events:
+        """End a whole request, or completion `index` of it; its blocks are free when this returns."""
+        live = self.live.get(request_id)
+        if live is None:
+            return []
+        indices = range(live.request.sampling.n) if index is None else [index]
+        return [event for i in indices for event in self._end(live, i, FinishReason.ABORT)]
+
+    def step(self) -> Events:
+        """Compute one step and tell what came of it."""
+        schedule = self.scheduler.schedule(time.monotonic())
+        events = [*self._refused(schedule), *self._started(schedule)]
+        if not schedule.work:
+            return events
+        self.steps += 1
+        residual, rows = self._compute(schedule)
+        self.scheduler.complete(schedule)
+        draws: list[Draw] = []
+        for work, first_row, wanted in rows:
+            events += self._prompt_done(work, residual[first_row : first_row + len(wanted)], wanted)
+            draws += self._draws(work, first_row + len(wanted) - 1)
+        return events + self._sample(draws, residual)
+
+    def _refused(self, schedule: Schedule) -> Iterator[tuple[str, Event]]:
+        for sequence in schedule.expired:
+            yield from self.fail(sequence.request.request_id, DeadlineExceeded("the request's deadline has passed"))
+        for sequence in schedule.exhausted:
+            yield from self._end(self.live[sequence.request.request_id], sequence.index, FinishReason.LENGTH)
+
+    def _started(self, schedule: Schedule) -> Iterator[tuple[str, Event]]:
+        for sequence, cached_tokens in schedule.started:
+            live = self.live[sequence.request.request_id]
+            live.started = time.monotonic()
+            yield live.request.request_id, Started(cached_tokens)
+        for sequence in schedule.preempted:
+            self.live[sequence.request.request_id].preemptions += 1
+
+    def _compute(self, schedule: Schedule) -> tuple[torch.Tensor, list[tuple[Work, int, NDArray[np.int64]]]]:
+        """The last residuals of the wanted rows, and where each work's are: (work, first, its own wanted rows)."""
+        if schedule.copies:
+            source, target = torch.tensor(schedule.copies, device=self.builder.device).unbind(1)
+            self.pages.copy(source, target)
+        wanted = [_wanted(work) for work in schedule.work]
+        batch = self.builder.build(schedule.work, wanted)
+        residual = self.model.forward(batch, self.pages)
+        firsts = np.cumsum([0, *(len(rows) for rows in wanted)])
+        return residual, list(zip(schedule.work, firsts.tolist(), wanted, strict=False))
+
+    def _prompt_done(
+        self, work: Work, residual: torch.Tensor, wanted: NDArray[np.int64]
+    ) -> Iterator[tuple[str, Event]]:
+        """Score the prompt where that is asked, and end requests that want nothing else."""
+        sequence = work.sequence
+        live = self.live.get(sequence.request.request_id)
+        if live is None or work.start >= sequence.prompt_length:
+            return
+        if sequence.request.sampling.prompt_logprobs is not None:
+            for scored in score(self.model, sequence, work.start + wanted, residual):
+                yield sequence.request.request_id, scored
+        if sequence.request.sampling.max_tokens == 0 and work.stop == sequence.prompt_length:
+            for index in sorted(live.open):
+                yield from self._end(live, index, FinishReason.LENGTH)
+
+    def _draws(self, work: Work, row: int) -> list[Draw]:
+        """The tokens to draw from a work's last row; the first time, one for each completion of the prompt."""
+        live = self.live.get(work.sequence.request.request_id)
+        if live is None or not work.samples or work.sequence.finished:
+            return []
+        if live.prompt is None:
+            return [Draw(live, live.completions[work.sequence.index], row)]
+        self._fork(live, live.prompt)
+        return [Draw(live, completion, row) for completion in live.completions.values()]
+
+    def _fork(self, live: LiveRequest, prompt: Completion) -> None:
+        """Turn a computed prompt into the completions that are still wanted."""
+        for index in sorted(live.open - {0}):
+            forked = self.scheduler.fork(prompt.sequence, index)
+            live.completions[index] = Completion(forked, prompt.sampler.fork(index))
+        if 0 in live.open:
+            live.completions[0] = prompt
+        else:
+            self.scheduler.finish(prompt.sequence)
+        live.prompt = None
+
+    def _sample(self, draws: Items[Draw], residual: torch.Tensor) -> Events:
+        if not draws:
+            return []
+        rows = torch.tensor([draw.row for draw in draws], device=residual.device)
+        logits = self.model.logits(residual[rows])
+        states = [draw.completion.sampler for draw in draws]
+        positions = [len(draw.completion.sequence.tokens) for draw in draws]
+        sampled = sample(logits, build_batch(states, positions, logits.shape[1], logits.device))
+        events: Events = []
+        for draw, (token, valid, logprobs) in zip(draws, _to_host(sampled), strict=True):
+            request_id = draw.live.request.request_id
+            try:
+                if not valid:
+                    raise EngineFailed("no token can be drawn: all are banned, or the model's logits are not finite")
+                events += self._advance(draw, token, _limit(logprobs, draw.live.request.sampling))
+            except Exception as error:
+                log.exception("request %s failed in step %d", request_id, self.steps)
+                events += self.fail(request_id, error)
+        return events
+
+    def _advance(self, draw: Draw, token: int, logprobs: Logprobs | None) -> Iterator[tuple[str, Event]]:
+        """Take a drawn token into its completion, and end that if it is the last."""
+        live, sequence = draw.live, draw.completion.sequence
+        sampling = live.request.sampling
+        if live.request.request_id not in self.live:
+            return  # another completion of the same request failed in this step
+        self.scheduler.append(sequence, token)
+        draw.completion.sampler.append(token)
+        live.last_token = time.monotonic()
+        live.first_token = live.first_token or live.last_token
+        yield live.request.request_id, Sampled(sequence.index, token, self.steps, logprobs)
+        if token in sampling.eos_token_ids or token in sampling.stop_token_ids:
+            stop = None if token in sampling.eos_token_ids else token
+            yield from self._end(live, sequence.index, FinishReason.STOP, stop)
+        elif len(sequence.tokens) - sequence.prompt_length >= sampling.max_tokens:
+            yield from self._end(live, sequence.index, FinishReason.LENGTH)
+
+    def _end(self, live: LiveRequest, index: int, reason: FinishReason, stop: int | None = None) -> Events:
+        """End one completion, and the request with its last one. Blocks go back here."""
+        if index not in live.open:
+            return []
+        live.open.discard(index)
+        request_id = live.request.request_id
+        events: Events = [(request_id, CompletionEnded(index, reason, stop))]
+        if (completion := live.completions.pop(index, None)) is not None:
+            self.scheduler.finish(completion.sequence)
+        if not live.open:
+            self._release(live)
+            events.append((request_id, RequestEnded(live.timings())))
+        return events
+
+    def fail(self, request_id: str, error: Exception) -> Events:
+        """End a request with an error; what is no error of ours is told as our bug."""
+        live = self.live.get(request_id)
+        if live is None:
+            return []
+        self._release(live)
+        told = error if isinstance(error, CutawayError) else EngineFailed("the computation of this request failed")
+        return [(request_id, RequestFailed(told))]
+
+    def _release(self, live: LiveRequest) -> None:
+        del self.live[live.request.request_id]
+        if live.prompt is not None:
+            self.scheduler.finish(live.prompt.sequence)
+        for completion in live.completions.values():
+            self.scheduler.finish(completion.sequence)
+
+
+def _wanted(work: Work) -> NDArray[np.int64]:
+    """The rows of a work, counted from its first, whose last residual is needed."""
+    sequence, n = work.sequence, work.stop - work.start
+    if sequence.request.sampling.prompt_logprobs is not None and work.start < sequence.prompt_length - 1:
+        return np.arange(n)
+    return np.arange(n - 1, n) if work.samples else np.arange(0)
+
+
+def _to_host(sampled: SampledBatch) -> Iterator[tuple[int, bool, Logprobs | None]]:
+    """Each row's token, whether it is valid, and its log-probabilities."""
+    tokens, valid = sampled.tokens.tolist(), sampled.valid.tolist()
+    if sampled.logprobs is None:
+        yield from ((token, ok, None) for token, ok in zip(tokens, valid, strict=True))
+        return
+    tops = zip(sampled.top_tokens.tolist(), sampled.top_logprobs.tolist(), strict=True)
+    for token, ok, logprob, (ids, values) in zip(tokens, valid, sampled.logprobs.tolist(), tops, strict=True):
+        yield token, ok, Logprobs(logprob, tuple(zip(ids, values, strict=True)))
+
+
+def _limit(logprobs: Logprobs | None, sampling: SamplingParams) -> Logprobs | None:
+    """What this request asked for, of what the batch computed."""
+    if logprobs is None or sampling.logprobs is None:
+        return None
+    return Logprobs(logprobs.logprob, logprobs.top[: sampling.logprobs])

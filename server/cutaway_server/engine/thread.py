@@ -1,0 +1,130 @@
+"""The engine's own thread: requests come in through a queue, events go out once a step."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+from cutaway_server.engine.engine import Engine, Events
+from cutaway_server.errors import AlreadyExists, EngineFailed, QueueFull
+from cutaway_server.request import Event, Request, RequestEnded, RequestFailed
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """End a request, or one completion of it."""
+
+    request_id: str
+    index: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the thread."""
+
+
+class EngineThread:
+    """Runs an engine. `report` and `on_death` are called on the engine's thread and must return at once."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        report: Callable[[Items[tuple[str, Event]]], None],
+        on_death: Callable[[BaseException], None],
+    ) -> None:
+        self.engine = engine
+        self._report = report
+        self._on_death = on_death
+        self._inbox: queue.SimpleQueue[Request | Abort | Stop] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards _names and _queued
+        self._names: set[str] = set()  # requests submitted and not ended
+        self._queued = 0  # requests in the inbox
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the step it is in, and wait for it; what still runs is not told."""
+        self._inbox.put(Stop())
+        self._thread.join()
+
+    def idle(self) -> bool:
+        """Whether every request submitted has ended."""
+        return not self._names
+
+    def submit(self, request: Request) -> None:
+        """Queue a request, from any thread, at once.
+
+        Raises:
+            EngineFailed: the engine has died.
+            AlreadyExists: a request of that name is queued or running.
+            QueueFull: too many wait.
+            InvalidField: the request can never fit the KV cache.
+        """
+        if self._failure is not None:
+            raise EngineFailed("the engine has failed")
+        self.engine.scheduler.refuse_misfits(request)
+        with self._lock:
+            if request.request_id in self._names:
+                raise AlreadyExists(f"request_id: {request.request_id!r} is already running")
+            scheduler = self.engine.scheduler
+            waiting = scheduler.n_waiting + self._queued
+            if waiting - scheduler.free_slots >= scheduler.max_queued:
+                raise QueueFull(f"{waiting} requests are waiting, which is as many as may", retry_after_seconds=1.0)
+            self._names.add(request.request_id)
+            self._queued += 1
+        self._inbox.put(request)
+
+    def abort(self, request_id: str, index: int | None = None) -> bool:
+        """End a request or one completion of it within one step, from any thread; False if there is none."""
+        if request_id not in self._names:
+            return False
+        self._inbox.put(Abort(request_id, index))
+        return True
+
+    def _run(self) -> None:
+        try:
+            while self._take_inbox():
+                self._tell(self.engine.step())
+        except BaseException as error:
+            log.critical("the engine failed in step %d", self.engine.steps, exc_info=error)
+            self._failure = error
+            self._on_death(error)
+
+    def _take_inbox(self) -> bool:
+        """Take in what has come, waiting for it if there is nothing to do; False to stop."""
+        while not (self._inbox.empty() and self.engine.has_work):
+            item = self._inbox.get()
+            if isinstance(item, Stop):
+                return False
+            self._tell(self._take(item))
+        return True
+
+    def _take(self, item: Request | Abort) -> Events:
+        if isinstance(item, Abort):
+            return self.engine.abort(item.request_id, item.index)
+        with self._lock:
+            self._queued -= 1
+        try:
+            self.engine.add(item)
+        except Exception as error:
+            log.exception("request %s could not be queued", item.request_id)
+            return [(item.request_id, RequestFailed(EngineFailed(str(error))))]
+        return []
+
+    def _tell(self, events: Events) -> None:
+        if not events:
+            return
+        ended = {name for name, event in events if isinstance(event, RequestEnded | RequestFailed)}
+        with self._lock:
+            self._names -= ended
+        self._report(events)

@@ -1,0 +1,187 @@
+"""Every operation in plain torch: the oracle of all faster twins, and what runs where they do not.
+
+The *open* form of an operation returns every value on the way; the fused form is its last value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from cutaway_server.architecture import ModelConfig
+from cutaway_server.cache.pages import Pages
+from cutaway_server.kernels import attention
+from cutaway_server.kernels.batch import Batch
+from cutaway_server.kernels.linear import linear
+from cutaway_server.kernels.plan import Plan, all_frequencies, make_plan
+from cutaway_server.kernels.rope import rotate
+from cutaway_server.kernels.weights import Norm, Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Normed:
+    """A norm's values, fp32: `scale` [T, 1] divides; `normalized` is before the gain (RMSNorm) or after (LayerNorm)."""
+
+    scale: Tensor
+    normalized: Tensor
+    out: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionInput:
+    """Values of attention_input. q, rot_q [T, heads, d_head]; k, rot_k, v [T, kv_heads, d_head], fp32."""
+
+    norm: Normed | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rot_q: Tensor
+    rot_k: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class MlpInput:
+    """Values of mlp_input, [T, d_mlp] fp32. `pre_linear` is None without a gate."""
+
+    norm: Normed | None
+    pre: Tensor
+    pre_linear: Tensor | None
+    post: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """Values of attention_output and mlp_output: what is added, and the residual after it, fp32 [T, d_model]."""
+
+    norm: Normed | None
+    added: Tensor
+    residual: Tensor
+
+
+class ReferenceKernels:
+    """Plain torch on any device. See `interface.Kernels` for what each operation does."""
+
+    name = "reference"
+
+    def __init__(self, config: ModelConfig, weights: Weights, context: int) -> None:
+        """`context` is the longest position served (NTK scaling depends on it)."""
+        self.config = config
+        self.weights = weights
+        self.frequencies = all_frequencies(config, context, weights.embed.device)
+
+    def plan(self, batch: Batch) -> Plan:
+        """What all layers of one step share."""
+        return make_plan(self.config, self.frequencies, batch)
+
+    def embed(self, plan: Plan) -> Tensor:
+        """Token (and learned position) embeddings: the first residual [T, d_model]."""
+        residual = F.embedding(plan.batch.token_ids, self.weights.embed).float() * self.config.embed_scale
+        if self.weights.positions is not None:
+            residual = residual + F.embedding(plan.batch.positions, self.weights.positions).float()
+        return residual
+
+    def open_attention_input(self, layer: int, residual: Tensor, plan: Plan) -> AttentionInput:
+        """Norm, QKV, QK-norm, rotation: every value."""
+        config, w = self.config, self.weights.layers[layer]
+        norm = None if w.norm1 is None else self.norm(residual, w.norm1)
+        joined = linear(residual if norm is None else norm.out, w.qkv, w.qkv_bias).float()
+        heads = joined.unflatten(-1, (-1, config.d_head))
+        q, k, v = heads.split([config.n_heads, config.n_kv_heads, config.n_kv_heads], dim=1)
+        rot_q, rot_k = self._qk_norm(q, w.q_norm), self._qk_norm(k, w.k_norm)
+        if (rope := config.layers[layer].rope) is not None:
+            cos, sin = plan.rotations[rope]
+            rot_q = rotate(rot_q, cos, sin, interleaved=rope.interleaved)
+            rot_k = rotate(rot_k, cos, sin, interleaved=rope.interleaved)
+        return AttentionInput(norm, q, k, v, rot_q, rot_k)
+
+    def attention_input(self, layer: int, residual: Tensor, plan: Plan, pages: Pages) -> Tensor:
+        """Norm, QKV, QK-norm, rotation; stores K and V; queries [T, heads, d_head]."""
+        values = self.open_attention_input(layer, residual, plan)
+        self.store(layer, values, plan, pages)
+        return values.rot_q
+
+    def store(self, layer: int, values: AttentionInput, plan: Plan, pages: Pages) -> None:
+        """Write K and V where the batch says; rows that are revisited write to page 0, which nobody reads."""
+        page, offset = plan.batch.slots // pages.page_size, plan.batch.slots % pages.page_size
+        pages.keys[layer][page, :, offset] = values.rot_k.to(pages.keys.dtype)
+        pages.values[layer][page, :, offset] = values.v.to(pages.values.dtype)
+
+    def paged_attention(self, layer: int, q: Tensor, plan: Plan, pages: Pages) -> tuple[Tensor, Tensor]:
+        """Attention over the stored keys: z [T, heads, d_head] and the log-sum-exp of the scores [T, heads]."""
+        return attention.paged_attention(self.config, layer, q, plan, pages)
+
+    def attention_rows(
+        self, layer: int, q: Tensor, lse: Tensor, rows: Tensor, heads: Tensor, plan: Plan, pages: Pages
+    ) -> Tensor:
+        """Probabilities of selected (row, head) pairs, from the pages and the log-sum-exp: [pairs, longest length]."""
+        return attention.attention_rows(self.config, layer, q, lse, rows, heads, plan, pages)
+
+    def open_attention_output(self, layer: int, z: Tensor, residual: Tensor) -> Added:
+        """W_O, post-norm, residual: every value."""
+        w = self.weights.layers[layer]
+        return self._add(linear(z.flatten(1), w.attention_out, w.attention_out_bias), w.norm1_post, residual)
+
+    def attention_output(self, layer: int, z: Tensor, residual: Tensor) -> Tensor:
+        """W_O, post-norm, added to the residual."""
+        return self.open_attention_output(layer, z, residual).residual
+
+    def open_mlp_input(self, layer: int, residual: Tensor) -> MlpInput:
+        """Norm, gate and up, activation: every value."""
+        w = self.weights.layers[layer]
+        norm = None if w.norm2 is None else self.norm(residual, w.norm2)
+        joined = linear(residual if norm is None else norm.out, w.mlp_in, w.mlp_in_bias).float()
+        if not self.config.gated:
+            return MlpInput(norm, joined, None, self._activate(joined))
+        gate, up = joined.chunk(2, dim=-1)
+        return MlpInput(norm, gate, up, self._activate(gate) * up)
+
+    def mlp_input(self, layer: int, residual: Tensor) -> Tensor:
+        """Norm, gate and up, activation: [T, d_mlp]."""
+        return self.open_mlp_input(layer, residual).post
+
+    def open_mlp_output(self, layer: int, hidden: Tensor, residual: Tensor) -> Added:
+        """Down, post-norm, residual: every value."""
+        w = self.weights.layers[layer]
+        return self._add(linear(hidden, w.mlp_out, w.mlp_out_bias), w.norm2_post, residual)
+
+    def mlp_output(self, layer: int, hidden: Tensor, residual: Tensor) -> Tensor:
+        """Down, post-norm, added to the residual."""
+        return self.open_mlp_output(layer, hidden, residual).residual
+
+    def unembed(self, residual: Tensor) -> Tensor:
+        """Final norm, W_U, soft-cap: logits fp32 [rows, vocab]."""
+        normed = self.norm(residual, self.weights.final_norm)
+        return attention.soft_cap(linear(normed.out, self.weights.unembed).float(), self.config.logit_softcap)
+
+    def norm(self, x: Tensor, weights: Norm) -> Normed:
+        """RMSNorm or LayerNorm over the last axis of x, fp32."""
+        if self.config.norm == "layer":
+            x = x - x.mean(-1, keepdim=True)
+        scale = (x.square().mean(-1, keepdim=True) + self.config.norm_eps).sqrt()
+        normalized = x / scale
+        out = normalized * weights.gain
+        if weights.bias is not None:
+            out = out + weights.bias
+        return Normed(scale, out if self.config.norm == "layer" else normalized, out)
+
+    def _qk_norm(self, x: Tensor, weights: Norm | None) -> Tensor:
+        if weights is None:
+            return x
+        if self.config.qk_norm == "head":
+            return self.norm(x, weights).out
+        return self.norm(x.flatten(1), weights).out.view_as(x)
+
+    def _add(self, out: Tensor, post: Norm | None, residual: Tensor) -> Added:
+        added = out.float()
+        norm = None if post is None else self.norm(added, post)
+        added = added if norm is None else norm.out
+        return Added(norm, added, residual + added)
+
+    def _activate(self, x: Tensor) -> Tensor:
+        if self.config.activation == "silu":
+            return F.silu(x)
+        if self.config.activation == "relu":
+            return F.relu(x)
+        return F.gelu(x, approximate="tanh" if self.config.activation == "gelu_tanh" else "none")

@@ -1,0 +1,37 @@
+"""The network: one sequence of operations, whatever the family, for a flat batch over a paged KV cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cutaway_server.cache.pages import Pages
+from cutaway_server.kernels.batch import Batch
+from cutaway_server.kernels.interface import Kernels
+
+
+class Transformer:
+    """A transformer as its config says; `kernels` hold the weights and compute."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+        self.config = kernels.config
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, pages: Pages) -> Tensor:
+        """Compute a step: stores K and V in `pages`, returns the last residual [R, d_model] of the rows asked for."""
+        kernels = self.kernels
+        plan = kernels.plan(batch)
+        residual = kernels.embed(plan)
+        for layer in range(self.config.n_layers):
+            q = kernels.attention_input(layer, residual, plan, pages)
+            z, _ = kernels.paged_attention(layer, q, plan, pages)
+            residual = kernels.attention_output(layer, z, residual)
+            hidden = kernels.mlp_input(layer, residual)
+            residual = kernels.mlp_output(layer, hidden, residual)
+        return residual[batch.logit_rows]
+
+    @torch.inference_mode()
+    def logits(self, residual: Tensor) -> Tensor:
+        """Logits fp32 [R, vocab] of last residuals [R, d_model]."""
+        return self.kernels.unembed(residual)

@@ -1,0 +1,364 @@
+"""Which sequences run, with which blocks, and which rows of them the next step computes.
+
+Age decides everything. `running` and then `waiting` are in order of arrival, oldest first: admission takes from the
+front of `waiting`, preemption moves the end of `running` there. So the oldest always makes progress, and nobody
+overtakes. In each step
+
+1.  what is past its deadline ends;
+2.  each running sequence gets the blocks it will write, if need be by preempting the youngest;
+3.  the token budget goes to single rows (decodes) first, so that no prompt stalls them, then to chunks of prompts;
+4.  what is left admits waiting sequences, with blocks for all their tokens at once, so that no prompt that has
+    begun waits for blocks in its middle. None are admitted in a step that preempts.
+
+A step costs time proportional to what runs, not to how long contexts are.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter
+from dataclasses import dataclass, field
+from math import inf
+
+from cutaway_server.cache.blocks import ROOT, BlockPool
+from cutaway_server.errors import InvalidField, QueueFull
+from cutaway_server.request import Request
+from cutaway_server.scheduler.sequence import Schedule, Sequence, Work
+
+RETRY_AFTER_SECONDS = 1.0
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A schedule in the making."""
+
+    budget: int  # rows left
+    work: list[Work] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    started: list[tuple[Sequence, int]] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    expired: list[Sequence] = field(default_factory=list)
+    exhausted: list[Sequence] = field(default_factory=list)
+
+    def give_rows(self, sequence: Sequence) -> None:
+        """Give `sequence` as many of its pending rows as the budget has."""
+        rows = min(self.budget, sequence.pending)
+        if rows:
+            self.work.append(Work(sequence, sequence.next, sequence.next + rows, sequence.stored))
+            self.budget -= rows
+
+    def freeze(self) -> Schedule:
+        """The schedule as it goes to the engine."""
+        return Schedule(
+            work=tuple(self.work),
+            copies=tuple(self.copies),
+            started=tuple(self.started),
+            preempted=tuple(self.preempted),
+            expired=tuple(self.expired),
+            exhausted=tuple(self.exhausted),
+        )
+
+
+class Scheduler:
+    """Turns requests into steps. The engine calls `schedule`, computes, then `complete` and `append` or `finish`."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_batch_tokens: int,
+        max_running: int,
+        max_queued: int,
+        max_context: int,
+        prefix_caching: bool = True,
+    ) -> None:
+        assert min(max_batch_tokens, max_running, max_queued, max_context) >= 1
+        self.pool = pool
+        self.max_batch_tokens = max_batch_tokens
+        self.max_running = max_running  # completions, so a request for n of them counts n times
+        self.max_queued = max_queued
+        self.max_context = max_context
+        self.prefix_caching = prefix_caching
+        self.running: list[Sequence] = []  # oldest first
+        self.waiting: list[Sequence] = []  # oldest first, and all younger than those running
+        self._arrivals = 0
+        self._timed: dict[Sequence, float] = {}  # the deadlines of unfinished sequences
+        self._earliest = inf  # at most the earliest of them
+        self._stalled: tuple[Sequence, int] | None = None  # who did not fit, into how many blocks
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return bool(self.running or self.waiting)
+
+    @property
+    def n_running(self) -> int:
+        """Number of completions that hold blocks, or are kept a place beside their prompt."""
+        return sum(sequence.slots for sequence in self.running)
+
+    @property
+    def n_waiting(self) -> int:
+        """Number of sequences that wait, new or preempted."""
+        return len(self.waiting)
+
+    def add(self, request: Request) -> Sequence:
+        """Queue `request` as one sequence, to be forked into `sampling.n` when its prompt is computed.
+
+        Raises:
+            InvalidField: it can never run here.
+            QueueFull: too many wait.
+        """
+        self._refuse_impossible(request)
+        if len(self.waiting) >= self.max_queued:
+            raise QueueFull(f"{len(self.waiting)} requests wait, and no more may", RETRY_AFTER_SECONDS)
+        order = (self._arrivals, 0)
+        sequence = Sequence(request, 0, order, list(request.prompt), slots=request.sampling.n)
+        self._arrivals += 1
+        self.waiting.append(sequence)
+        self._time(sequence)
+        return sequence
+
+    def _refuse_impossible(self, request: Request) -> None:
+        prompt, sampling = len(request.prompt), request.sampling
+        if not 1 <= prompt <= self.max_context:
+            raise InvalidField("prompt", f"{prompt} tokens", f"must have 1 to {self.max_context} tokens")
+        if sampling.n > self.max_running:
+            raise InvalidField("sampling.n", sampling.n, f"at most {self.max_running} completions run at once")
+        need = self._pages(prompt + min(1, sampling.max_tokens))
+        if need > self.pool.capacity:
+            rule = (
+                f"the prompt and a first token need {need} blocks of {self.pool.page_size} tokens, "
+                f"and the whole cache has {self.pool.capacity}"
+            )
+            raise InvalidField("prompt", f"{prompt} tokens", rule)
+
+    def schedule(self, now: float) -> Schedule:
+        """Decide the next step and take the blocks it needs. `now` is compared to deadlines."""
+        draft = _Draft(self.max_batch_tokens)
+        self._expire(now, draft)
+        self._reserve(draft)
+        for sequence in sorted(self.running, key=lambda sequence: sequence.pending > 1):  # stable: oldest first
+            draft.give_rows(sequence)
+        if not draft.preempted:
+            self._admit(draft)
+        return draft.freeze()
+
+    def complete(self, schedule: Schedule) -> None:
+        """Take note that the rows of `schedule` were computed, and publish the blocks they filled."""
+        for work in schedule.work:
+            sequence = work.sequence
+            if sequence.finished:
+                continue
+            assert sequence.next == work.start, "a schedule is completed once, before the next is made"
+            full = sequence.stored // self.pool.page_size
+            sequence.next = work.stop
+            sequence.stored = max(sequence.stored, work.stop)
+            sequence.scored = max(sequence.scored, min(work.stop, sequence.prompt_length))
+            self._publish(sequence, full)
+
+    def append(self, sequence: Sequence, token: int) -> None:
+        """Commit a sampled token, to be computed next."""
+        assert not sequence.finished
+        assert sequence.pending == 0, "a token is sampled when all before it are computed"
+        sequence.tokens.append(token)
+
+    def fork(self, sequence: Sequence, index: int) -> Sequence:
+        """Start completion `index` where `sequence` stands: all computed, nothing appended. They share all blocks.
+
+        A shared block is copied when one of its owners is about to write into it.
+        """
+        assert not sequence.finished
+        assert sequence.pending == 0, "a sequence is forked when its prompt is computed"
+        assert sequence.slots > 1, "a request has at most n completions"
+        twin = Sequence(
+            sequence.request,
+            index,
+            (sequence.order[0], index),
+            list(sequence.tokens),
+            blocks=list(sequence.blocks),
+            stored=sequence.stored,
+            next=sequence.next,
+            scored=sequence.scored,
+            digests=list(sequence.digests),
+        )
+        for block in twin.blocks:
+            self.pool.share(block)
+        sequence.slots -= 1
+        insort(self.running, twin, key=lambda sequence: sequence.order)
+        self._time(twin)
+        return twin
+
+    def finish(self, sequence: Sequence) -> None:
+        """End `sequence` and give its blocks back, whatever state it is in. Ending it twice is the same as once."""
+        if sequence.finished:
+            return
+        sequence.finished = True
+        (self.running if sequence.blocks else self.waiting).remove(sequence)
+        self._timed.pop(sequence, None)
+        self._give_back(sequence)
+
+    def check(self) -> None:
+        """Assert every invariant, in time proportional to all there is."""
+        self.pool.check()
+        owned = Counter(block for sequence in self.running for block in sequence.blocks)
+        assert all(owned[block] == self.pool.references(block) for block in range(self.pool.n_blocks))
+        orders = [sequence.order for sequence in self.running + self.waiting]
+        assert orders == sorted(set(orders)), "someone has overtaken"
+        assert self.n_running <= self.max_running
+        for sequence in self.waiting:
+            assert not sequence.finished
+            assert (sequence.blocks, sequence.stored, sequence.next) == ([], 0, 0)
+        for sequence in self.running:
+            self._check_running(sequence)
+
+    def _check_running(self, sequence: Sequence) -> None:
+        assert not sequence.finished
+        assert 0 <= sequence.next <= sequence.stored <= len(sequence.tokens)
+        assert self._pages(sequence.stored) <= len(sequence.blocks) <= self._pages(len(sequence.tokens))
+        assert len(sequence.digests) <= len(sequence.tokens) // self.pool.page_size
+        first = self._pages(sequence.stored)  # blocks from here on will be written from their start
+        assert all(self.pool.references(block) == 1 for block in sequence.blocks[first:]), "a shared write"
+
+    def check_writes(self, schedule: Schedule) -> None:
+        """Assert that no row of `schedule`, just made, is stored in a block that someone else can see."""
+        for work in schedule.work:
+            for position in range(max(work.start, work.stored), work.stop):
+                block = work.sequence.blocks[position // self.pool.page_size]
+                assert self.pool.references(block) == 1, "a shared write"
+
+    def _pages(self, length: int) -> int:
+        return -(-length // self.pool.page_size)
+
+    def _time(self, sequence: Sequence) -> None:
+        if sequence.request.deadline is not None:
+            self._timed[sequence] = sequence.request.deadline
+            self._earliest = min(self._earliest, sequence.request.deadline)
+
+    def _expire(self, now: float, draft: _Draft) -> None:
+        if now <= self._earliest:
+            return
+        draft.expired += [sequence for sequence, deadline in self._timed.items() if deadline < now]
+        for sequence in draft.expired:
+            self.finish(sequence)
+        self._earliest = min(self._timed.values(), default=inf)
+
+    def _reserve(self, draft: _Draft) -> None:
+        """Give each running sequence the blocks it will write. Only the youngest lose theirs, who had no turn yet."""
+        turn = 0
+        while turn < len(self.running):
+            sequence = self.running[turn]
+            if self._make_room(sequence, draft):
+                self._grow(sequence, draft)
+                turn += 1
+
+    def _make_room(self, sequence: Sequence, draft: _Draft) -> bool:
+        """Preempt until `sequence` can grow. False if that took `sequence` itself."""
+        while self._missing(sequence) > self.pool.available:
+            if len(self.running) == 1:
+                self.finish(sequence)
+                draft.exhausted.append(sequence)
+                return False
+            youngest = self.running.pop()
+            self._give_back(youngest)
+            youngest.preemptions += 1
+            self.waiting.insert(0, youngest)
+            draft.preempted.append(youngest)
+            if youngest is sequence:
+                return False
+        return True
+
+    def _missing(self, sequence: Sequence) -> int:
+        grown = self._pages(len(sequence.tokens)) - len(sequence.blocks)
+        return grown + 1 if self._writes_shared(sequence) else grown
+
+    def _writes_shared(self, sequence: Sequence) -> bool:
+        """Whether the block of the next position to store is someone else's too: only forks share a partial block."""
+        tail = sequence.stored // self.pool.page_size
+        writes = sequence.stored < len(sequence.tokens) and tail < len(sequence.blocks)
+        return writes and self.pool.references(sequence.blocks[tail]) > 1
+
+    def _grow(self, sequence: Sequence, draft: _Draft) -> None:
+        if self._writes_shared(sequence):
+            tail = sequence.stored // self.pool.page_size
+            shared, own = sequence.blocks[tail], self.pool.take()
+            sequence.blocks[tail] = own
+            self.pool.release(shared)
+            draft.copies.append((shared, own))
+        for _ in range(self._pages(len(sequence.tokens)) - len(sequence.blocks)):
+            sequence.blocks.append(self.pool.take())
+
+    def _admit(self, draft: _Draft) -> None:
+        free = self.max_running - self.n_running
+        while draft.budget and self.waiting and self.waiting[0].slots <= free and self._place(self.waiting[0]):
+            sequence = self.waiting.pop(0)
+            self.running.append(sequence)
+            free -= sequence.slots
+            if not sequence.preemptions:
+                draft.started.append((sequence, sequence.stored))
+            draft.give_rows(sequence)
+
+    def _place(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence blocks for all its tokens, shared where they are cached. False if too few are left.
+
+        While others run, one block for each completion stays free, lest the newcomer be preempted at once.
+        """
+        available = self.pool.available
+        if self.running and self._stalled is not None and self._stalled[0] is sequence:
+            if available <= self._stalled[1]:  # so as not to look its whole prompt up in every step
+                return False
+        found = self._cached(sequence)
+        fresh = self._pages(len(sequence.tokens)) - len(found)
+        revived = sum(self.pool.references(block) == 0 for block in found)
+        spare = self.n_running + sequence.slots - 1 if self.running else 0
+        if fresh + revived + spare > available:
+            self._stalled = (sequence, available)
+            return False
+        for block in found:
+            self.pool.share(block)
+        sequence.blocks = found + [self.pool.take() for _ in range(fresh)]
+        sequence.stored = len(found) * self.pool.page_size
+        sequence.next = min(sequence.stored, self._first_wanted(sequence))
+        return True
+
+    def _first_wanted(self, sequence: Sequence) -> int:
+        """The first row whose logits someone wants: even if all is cached, the last one has to be computed."""
+        if sequence.request.sampling.prompt_logprobs is not None and sequence.scored < sequence.prompt_length - 1:
+            return sequence.scored
+        return len(sequence.tokens) - 1
+
+    def _cached(self, sequence: Sequence) -> list[int]:
+        """The published blocks that hold the sequence's first tokens."""
+        found: list[int] = []
+        if self._caches(sequence):
+            self._hash(sequence, len(sequence.tokens) // self.pool.page_size)
+            for digest in sequence.digests:
+                block = self.pool.find(digest)
+                if block is None:
+                    break
+                found.append(block)
+        return found
+
+    def _publish(self, sequence: Sequence, start: int) -> None:
+        """Publish the sequence's full blocks from number `start` on."""
+        full = sequence.stored // self.pool.page_size
+        if full > start and self._caches(sequence):
+            self._hash(sequence, full)
+            for i in range(start, full):
+                self.pool.publish(sequence.blocks[i], sequence.digests[i])
+
+    def _caches(self, sequence: Sequence) -> bool:
+        return self.prefix_caching and sequence.request.prefix_caching
+
+    def _hash(self, sequence: Sequence, full: int) -> None:
+        """Extend the sequence's digests to its first `full` blocks. The tenant salts the first."""
+        size = self.pool.page_size
+        for i in range(len(sequence.digests), full):
+            parent = sequence.digests[-1] if i else ROOT
+            salt = b"" if i else sequence.request.tenant.encode()
+            sequence.digests.append(self.pool.chain(parent, sequence.tokens[i * size : (i + 1) * size], salt))
+
+    def _give_back(self, sequence: Sequence) -> None:
+        for block in reversed(sequence.blocks):  # the tail is evicted before the head, which more can share
+            self.pool.release(block)
+        sequence.blocks = []
+        sequence.stored = sequence.next = 0

@@ -1,0 +1,1 @@
+"""gRPC: the only room that sees the wire."""
