@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 
 import torch
-
 from cutaway_server.kernels.linear import linear, rows_per_tile
 
 SHAPES = {"qkv": (576, 960), "gate and up": (576, 3072), "down": (1536, 576), "unembed": (576, 49152)}
@@ -48,7 +47,9 @@ def main() -> None:
         return
     print(f"rows per tile: fp32 {rows_per_tile(torch.float32)}, bf16 {rows_per_tile(torch.bfloat16)}")
     for r in records:
-        print(f"{r['dtype']:15} {r['shape']:12} {r['rows']:4} rows  tiled {r['tiled_ms']:8.3f}  plain {r['plain_ms']:8.3f} ms")
+        print(
+            f"{r['dtype']:15} {r['shape']:12} {r['rows']:4} rows  tiled {r['tiled_ms']:8.3f}  plain {r['plain_ms']:8.3f} ms"
+        )
 
 
 if __name__ == "__main__":

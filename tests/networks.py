@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-
 from cutaway_server.architecture import LayerConfig, ModelConfig, Rope
 from cutaway_server.cache.pages import Pages, allocate_pages
 from cutaway_server.kernels.batch import Batch

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
-
 from cutaway_server.architecture import ModelConfig, Rope
 from cutaway_server.kernels.weights import LayerWeights, Norm, Weights
+from torch import Tensor
 
 
 def dense_logits(config: ModelConfig, weights: Weights, token_ids: list[int]) -> Tensor:

@@ -6,14 +6,13 @@ import random
 
 import pytest
 import torch
+from cutaway_server.kernels.linear import linear, rows_per_tile
+from cutaway_server.kernels.reference import ReferenceKernels
+from cutaway_server.model.transformer import Transformer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import PLAIN, SHAPES, flat, pages_for, random_weights
 from oracle import dense_logits
-
-from cutaway_server.kernels.linear import linear, rows_per_tile
-from cutaway_server.kernels.reference import ReferenceKernels
-from cutaway_server.model.transformer import Transformer
 
 LONG = 300  # more than one split of the keys
 

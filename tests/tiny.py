@@ -78,9 +78,7 @@ def random_model(config: transformers.PreTrainedConfig, seed: int = 0) -> transf
     """A model of `config` with random weights, norms and biases included, in fp32 and ready to infer."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="eager"
-        )
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.data += 0.2 * torch.randn_like(parameter)

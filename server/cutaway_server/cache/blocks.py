@@ -17,7 +17,7 @@ DIGEST_SIZE = 16
 ROOT = bytes(DIGEST_SIZE)  # the parent of a first block: as long as a digest, so that no two inputs read alike
 
 
-class OutOfBlocks(Exception):  # noqa: N818 - a state of the pool, not a fault
+class OutOfBlocks(Exception):
     """Every block is in use."""
 
 

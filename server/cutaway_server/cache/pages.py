@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,9 +38,16 @@ class Pages:
 def allocate_pages(
     config: ModelConfig, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
 ) -> Pages:
-    """Zeroed pages, so that what nobody has written yet is finite. On a CPU memory is committed when first written."""
+    """Zeroed pages, so that what nobody has written yet is finite."""
     shape = (config.n_layers, n_pages, config.n_kv_heads, page_size, config.d_head)
+    if device.type == "cpu":
+        return Pages(_untouched(shape, dtype), _untouched(shape, dtype))
     return Pages(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+
+
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros whose memory the system commits page by page, when first written; torch.zeros writes all of it."""
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:

@@ -153,6 +153,7 @@ class Engine:
         for index in sorted(live.open - {0}):
             forked = self.scheduler.fork(prompt.sequence, index)
             live.completions[index] = Completion(forked, prompt.sampler.fork(index))
+        prompt.sequence.slots = 1  # places kept for completions that were aborted meanwhile are free again
         if 0 in live.open:
             live.completions[0] = prompt
         else:
@@ -230,8 +231,10 @@ class Engine:
 def _wanted(work: Work) -> NDArray[np.int64]:
     """The rows of a work, counted from its first, whose last residual is needed."""
     sequence, n = work.sequence, work.stop - work.start
-    if sequence.request.sampling.prompt_logprobs is not None and work.start < sequence.prompt_length - 1:
-        return np.arange(n)
+    if sequence.request.sampling.prompt_logprobs is not None:
+        first = max(work.start, sequence.scored)  # what was scored before a preemption is not told again
+        if first < min(work.stop, sequence.prompt_length - 1):
+            return np.arange(first - work.start, n)
     return np.arange(n - 1, n) if work.samples else np.arange(0)
 
 

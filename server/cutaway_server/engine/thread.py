@@ -10,7 +10,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from cutaway_server.engine.engine import Engine, Events
-from cutaway_server.errors import AlreadyExists, EngineFailed, QueueFull
+from cutaway_server.errors import AlreadyExists, CutawayError, EngineFailed
 from cutaway_server.request import Event, Request, RequestEnded, RequestFailed
 
 log = logging.getLogger(__name__)
@@ -72,14 +72,10 @@ class EngineThread:
         """
         if self._failure is not None:
             raise EngineFailed("the engine has failed")
-        self.engine.scheduler.refuse_misfits(request)
         with self._lock:
             if request.request_id in self._names:
                 raise AlreadyExists(f"request_id: {request.request_id!r} is already running")
-            scheduler = self.engine.scheduler
-            waiting = scheduler.n_waiting + self._queued
-            if waiting - scheduler.free_slots >= scheduler.max_queued:
-                raise QueueFull(f"{waiting} requests are waiting, which is as many as may", retry_after_seconds=1.0)
+            self.engine.scheduler.refuse(request, arriving=self._queued)
             self._names.add(request.request_id)
             self._queued += 1
         self._inbox.put(request)
@@ -116,9 +112,11 @@ class EngineThread:
             self._queued -= 1
         try:
             self.engine.add(item)
-        except Exception as error:
+        except CutawayError as error:
+            return [(item.request_id, RequestFailed(error))]
+        except Exception:
             log.exception("request %s could not be queued", item.request_id)
-            return [(item.request_id, RequestFailed(EngineFailed(str(error))))]
+            return [(item.request_id, RequestFailed(EngineFailed("the request could not be queued")))]
         return []
 
     def _tell(self, events: Events) -> None:

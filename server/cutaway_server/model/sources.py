@@ -28,7 +28,7 @@ def resolve(model: str, *, cache: Path | None = None, progress: Progress = say) 
     if model in BUILTIN:
         return fetch(BUILTIN[model], cache or cache_directory(), progress)
     path = Path(model).expanduser()
-    if path.exists():
+    if model and path.exists():
         return _checked(path)
     hub = HUB_ID.fullmatch(model)
     if hub is None or (hub["file"] is None and model.endswith(".gguf")):

@@ -16,47 +16,17 @@ A step costs time proportional to what runs, not to how long contexts are.
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter
-from dataclasses import dataclass, field
 from math import inf
 
-from cutaway_server.cache.blocks import ROOT, BlockPool
+from cutaway_server.cache.blocks import BlockPool
 from cutaway_server.errors import InvalidField, QueueFull
 from cutaway_server.request import Request
-from cutaway_server.scheduler.sequence import Schedule, Sequence, Work
+from cutaway_server.scheduler.invariants import check_ownership
+from cutaway_server.scheduler.prefix import PrefixCache
+from cutaway_server.scheduler.schedule import Draft, Schedule
+from cutaway_server.scheduler.sequence import Sequence
 
 RETRY_AFTER_SECONDS = 1.0
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A schedule in the making."""
-
-    budget: int  # rows left
-    work: list[Work] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    started: list[tuple[Sequence, int]] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
-    expired: list[Sequence] = field(default_factory=list)
-    exhausted: list[Sequence] = field(default_factory=list)
-
-    def give_rows(self, sequence: Sequence) -> None:
-        """Give `sequence` as many of its pending rows as the budget has."""
-        rows = min(self.budget, sequence.pending)
-        if rows:
-            self.work.append(Work(sequence, sequence.next, sequence.next + rows, sequence.stored))
-            self.budget -= rows
-
-    def freeze(self) -> Schedule:
-        """The schedule as it goes to the engine."""
-        return Schedule(
-            work=tuple(self.work),
-            copies=tuple(self.copies),
-            started=tuple(self.started),
-            preempted=tuple(self.preempted),
-            expired=tuple(self.expired),
-            exhausted=tuple(self.exhausted),
-        )
 
 
 class Scheduler:
@@ -78,7 +48,7 @@ class Scheduler:
         self.max_running = max_running  # completions, so a request for n of them counts n times
         self.max_queued = max_queued
         self.max_context = max_context
-        self.prefix_caching = prefix_caching
+        self._prefix = PrefixCache(pool, enabled=prefix_caching)
         self.running: list[Sequence] = []  # oldest first
         self.waiting: list[Sequence] = []  # oldest first, and all younger than those running
         self._arrivals = 0
@@ -108,15 +78,27 @@ class Scheduler:
             InvalidField: it can never run here.
             QueueFull: too many wait.
         """
-        self._refuse_impossible(request)
-        if len(self.waiting) >= self.max_queued:
-            raise QueueFull(f"{len(self.waiting)} requests wait, and no more may", RETRY_AFTER_SECONDS)
+        self.refuse(request)
         order = (self._arrivals, 0)
         sequence = Sequence(request, 0, order, list(request.prompt), slots=request.sampling.n)
         self._arrivals += 1
         self.waiting.append(sequence)
         self._time(sequence)
         return sequence
+
+    def refuse(self, request: Request, arriving: int = 0) -> None:
+        """Raise what `add` would. `arriving` requests are on their way and count as waiting. Safe from any thread.
+
+        Requests that a free place is there for do not wait, though it takes a step to place them.
+
+        Raises:
+            InvalidField: it can never run here.
+            QueueFull: too many wait.
+        """
+        self._refuse_impossible(request)
+        waiting = len(self.waiting) + arriving
+        if waiting - max(0, self.max_running - self.n_running) >= self.max_queued:
+            raise QueueFull(f"{waiting} requests are waiting, and no more may", RETRY_AFTER_SECONDS)
 
     def _refuse_impossible(self, request: Request) -> None:
         prompt, sampling = len(request.prompt), request.sampling
@@ -134,7 +116,7 @@ class Scheduler:
 
     def schedule(self, now: float) -> Schedule:
         """Decide the next step and take the blocks it needs. `now` is compared to deadlines."""
-        draft = _Draft(self.max_batch_tokens)
+        draft = Draft(self.max_batch_tokens)
         self._expire(now, draft)
         self._reserve(draft)
         for sequence in sorted(self.running, key=lambda sequence: sequence.pending > 1):  # stable: oldest first
@@ -154,7 +136,7 @@ class Scheduler:
             sequence.next = work.stop
             sequence.stored = max(sequence.stored, work.stop)
             sequence.scored = max(sequence.scored, min(work.stop, sequence.prompt_length))
-            self._publish(sequence, full)
+            self._prefix.publish(sequence, full)
 
     def append(self, sequence: Sequence, token: int) -> None:
         """Commit a sampled token, to be computed next."""
@@ -199,32 +181,8 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert every invariant, in time proportional to all there is."""
-        self.pool.check()
-        owned = Counter(block for sequence in self.running for block in sequence.blocks)
-        assert all(owned[block] == self.pool.references(block) for block in range(self.pool.n_blocks))
-        orders = [sequence.order for sequence in self.running + self.waiting]
-        assert orders == sorted(set(orders)), "someone has overtaken"
+        check_ownership(self.pool, self.running, self.waiting)
         assert self.n_running <= self.max_running
-        for sequence in self.waiting:
-            assert not sequence.finished
-            assert (sequence.blocks, sequence.stored, sequence.next) == ([], 0, 0)
-        for sequence in self.running:
-            self._check_running(sequence)
-
-    def _check_running(self, sequence: Sequence) -> None:
-        assert not sequence.finished
-        assert 0 <= sequence.next <= sequence.stored <= len(sequence.tokens)
-        assert self._pages(sequence.stored) <= len(sequence.blocks) <= self._pages(len(sequence.tokens))
-        assert len(sequence.digests) <= len(sequence.tokens) // self.pool.page_size
-        first = self._pages(sequence.stored)  # blocks from here on will be written from their start
-        assert all(self.pool.references(block) == 1 for block in sequence.blocks[first:]), "a shared write"
-
-    def check_writes(self, schedule: Schedule) -> None:
-        """Assert that no row of `schedule`, just made, is stored in a block that someone else can see."""
-        for work in schedule.work:
-            for position in range(max(work.start, work.stored), work.stop):
-                block = work.sequence.blocks[position // self.pool.page_size]
-                assert self.pool.references(block) == 1, "a shared write"
 
     def _pages(self, length: int) -> int:
         return -(-length // self.pool.page_size)
@@ -234,7 +192,7 @@ class Scheduler:
             self._timed[sequence] = sequence.request.deadline
             self._earliest = min(self._earliest, sequence.request.deadline)
 
-    def _expire(self, now: float, draft: _Draft) -> None:
+    def _expire(self, now: float, draft: Draft) -> None:
         if now <= self._earliest:
             return
         draft.expired += [sequence for sequence, deadline in self._timed.items() if deadline < now]
@@ -242,7 +200,7 @@ class Scheduler:
             self.finish(sequence)
         self._earliest = min(self._timed.values(), default=inf)
 
-    def _reserve(self, draft: _Draft) -> None:
+    def _reserve(self, draft: Draft) -> None:
         """Give each running sequence the blocks it will write. Only the youngest lose theirs, who had no turn yet."""
         turn = 0
         while turn < len(self.running):
@@ -251,7 +209,7 @@ class Scheduler:
                 self._grow(sequence, draft)
                 turn += 1
 
-    def _make_room(self, sequence: Sequence, draft: _Draft) -> bool:
+    def _make_room(self, sequence: Sequence, draft: Draft) -> bool:
         """Preempt until `sequence` can grow. False if that took `sequence` itself."""
         while self._missing(sequence) > self.pool.available:
             if len(self.running) == 1:
@@ -277,7 +235,7 @@ class Scheduler:
         writes = sequence.stored < len(sequence.tokens) and tail < len(sequence.blocks)
         return writes and self.pool.references(sequence.blocks[tail]) > 1
 
-    def _grow(self, sequence: Sequence, draft: _Draft) -> None:
+    def _grow(self, sequence: Sequence, draft: Draft) -> None:
         if self._writes_shared(sequence):
             tail = sequence.stored // self.pool.page_size
             shared, own = sequence.blocks[tail], self.pool.take()
@@ -287,7 +245,7 @@ class Scheduler:
         for _ in range(self._pages(len(sequence.tokens)) - len(sequence.blocks)):
             sequence.blocks.append(self.pool.take())
 
-    def _admit(self, draft: _Draft) -> None:
+    def _admit(self, draft: Draft) -> None:
         free = self.max_running - self.n_running
         while draft.budget and self.waiting and self.waiting[0].slots <= free and self._place(self.waiting[0]):
             sequence = self.waiting.pop(0)
@@ -303,10 +261,11 @@ class Scheduler:
         While others run, one block for each completion stays free, lest the newcomer be preempted at once.
         """
         available = self.pool.available
-        if self.running and self._stalled is not None and self._stalled[0] is sequence:
-            if available <= self._stalled[1]:  # so as not to look its whole prompt up in every step
+        if self.running and self._stalled is not None:  # don't look the same whole prompt up in every step
+            stalled, had = self._stalled
+            if stalled is sequence and available <= had:
                 return False
-        found = self._cached(sequence)
+        found = self._prefix.find(sequence)
         fresh = self._pages(len(sequence.tokens)) - len(found)
         revived = sum(self.pool.references(block) == 0 for block in found)
         spare = self.n_running + sequence.slots - 1 if self.running else 0
@@ -325,37 +284,6 @@ class Scheduler:
         if sequence.request.sampling.prompt_logprobs is not None and sequence.scored < sequence.prompt_length - 1:
             return sequence.scored
         return len(sequence.tokens) - 1
-
-    def _cached(self, sequence: Sequence) -> list[int]:
-        """The published blocks that hold the sequence's first tokens."""
-        found: list[int] = []
-        if self._caches(sequence):
-            self._hash(sequence, len(sequence.tokens) // self.pool.page_size)
-            for digest in sequence.digests:
-                block = self.pool.find(digest)
-                if block is None:
-                    break
-                found.append(block)
-        return found
-
-    def _publish(self, sequence: Sequence, start: int) -> None:
-        """Publish the sequence's full blocks from number `start` on."""
-        full = sequence.stored // self.pool.page_size
-        if full > start and self._caches(sequence):
-            self._hash(sequence, full)
-            for i in range(start, full):
-                self.pool.publish(sequence.blocks[i], sequence.digests[i])
-
-    def _caches(self, sequence: Sequence) -> bool:
-        return self.prefix_caching and sequence.request.prefix_caching
-
-    def _hash(self, sequence: Sequence, full: int) -> None:
-        """Extend the sequence's digests to its first `full` blocks. The tenant salts the first."""
-        size = self.pool.page_size
-        for i in range(len(sequence.digests), full):
-            parent = sequence.digests[-1] if i else ROOT
-            salt = b"" if i else sequence.request.tenant.encode()
-            sequence.digests.append(self.pool.chain(parent, sequence.tokens[i * size : (i + 1) * size], salt))
 
     def _give_back(self, sequence: Sequence) -> None:
         for block in reversed(sequence.blocks):  # the tail is evicted before the head, which more can share

@@ -1,0 +1,54 @@
+"""The command `cutaway`: generate, chat, tokenize and model, for people and (with --json) for scripts.
+
+Nothing heavy is imported here: `cutaway --help` answers at once, gRPC and rich load when a command runs.
+"""
+
+from __future__ import annotations
+
+import click
+
+from cutaway.channel import DEFAULT_ADDRESS
+from cutaway.cli.chat import chat
+from cutaway.cli.connection import ADDRESS, remember_address
+from cutaway.cli.generate import generate
+from cutaway.cli.model import model
+from cutaway.cli.tokenize import tokenize
+from cutaway.errors import CutawayError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+class Commands(click.Group):
+    """A group whose errors are one line on stderr and exit code 1, and whose Ctrl-C is exit code 130."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except CutawayError as error:
+            raise click.ClickException(" ".join(str(error).split())) from error
+        except KeyboardInterrupt:
+            click.echo(err=True)
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option(
+    "--address",
+    metavar="HOST:PORT",
+    envvar=ADDRESS,
+    show_envvar=True,
+    default=DEFAULT_ADDRESS,
+    show_default=True,
+    expose_value=False,
+    callback=remember_address,
+    is_eager=True,
+    help="Where the server listens.",
+)
+@click.version_option(package_name="cutaway")
+def main() -> None:
+    """Talk to a Cutaway server."""
+
+
+for command in (generate, chat, tokenize, model):
+    main.add_command(command)

@@ -1,0 +1,177 @@
+"""The synchronous client: one connection, safe to share between threads."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar, Unpack
+
+import grpc
+from google.protobuf.wrappers_pb2 import Int32Value, StringValue
+
+from cutaway import replies, requests
+from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options
+from cutaway.options import GenerateOptions, TokenizeOptions
+from cutaway.results import Answer, Detokenized, Health, Model, Token, Tokenized
+from cutaway.status import error_of
+from cutaway.transcript import Transcript
+from cutaway.v1 import inference_pb2 as pb
+from cutaway.v1.inference_pb2_grpc import InferenceStub
+
+if TYPE_CHECKING:
+    Asked = TypeVar("Asked")
+    Told = TypeVar("Told")
+
+HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+
+
+class Stream(Transcript):
+    """The tokens of one request, as they are made.
+
+    Iterate over it once. Leaving the loop early, closing the stream or dropping it cancels the request on the
+    server. `next(stream)` takes one token and leaves the stream open.
+    """
+
+    def __init__(self, call: grpc.CallIterator[pb.GenerateResponse], request_id: str, address: str) -> None:
+        super().__init__(request_id)
+        self._messages = iter(call)
+        self._address = address
+        self._cancel = weakref.finalize(self, call.cancel)
+
+    def __iter__(self) -> Iterator[Token]:
+        """Every token from here to the end; cancels when it is left early."""
+        try:
+            while True:
+                try:
+                    token = next(self)
+                except StopIteration:
+                    return
+                yield token
+        finally:
+            self.close()
+
+    def __next__(self) -> Token:
+        """The next token.
+
+        Raises:
+            StopIteration: the last message was received.
+            CutawayError: the request failed, or the stream was closed before its end.
+        """
+        while not self._pending:
+            self._receive()
+        return self._pending.popleft()
+
+    def _receive(self) -> None:
+        try:
+            self._take(next(self._messages))
+        except StopIteration:
+            if self.completions is None:
+                raise self._ended_early() from None
+            raise
+        except grpc.RpcError as error:
+            raise error_of(error, self._address) from error
+
+    def close(self) -> None:
+        """Cancel the request, unless it has ended; what was received and not read is dropped."""
+        self._closed = True
+        self._pending.clear()
+        self._cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Client:
+    """A connection to one server: `Client("127.0.0.1:50051")`. Close it, or use it in a `with` block.
+
+    `timeout` is in seconds and holds for each call that names none; None waits for ever. `retries` is how often a
+    call is tried again while nobody answers at the address. The network is first used by the first call.
+    """
+
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, timeout: float | None = None, retries: int = MAX_RETRIES
+    ) -> None:
+        self.address = address
+        self.timeout = timeout
+        self._channel = grpc.insecure_channel(address, options=channel_options(address, retries))
+        self._stub = InferenceStub(self._channel)
+        self._closed = False
+
+    def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Stream:
+        """Stream the completions of a prompt, of `token_ids=` or of `messages=`; iterate over the tokens."""
+        request = requests.generate_request(prompt, options)
+        self._check_open()
+        call = self._stub.Generate(request, timeout=self._seconds(options.get("timeout")))
+        return Stream(call, request.request_id, self.address)
+
+    def complete(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Answer:
+        """Wait for the completions of a prompt, of `token_ids=` or of `messages=`."""
+        with self.generate(prompt, **options) as stream:
+            for _ in stream:
+                pass
+        return stream.answer()
+
+    def tokenize(self, text: str | None = None, **options: Unpack[TokenizeOptions]) -> Tokenized:
+        """Turn a text or `messages=` into tokens; `merges=True` also tells how byte-pair encoding got there."""
+        request = requests.tokenize_request(text, options)
+        return replies.tokenized(self._ask(self._stub.Tokenize, request, options.get("timeout")))
+
+    def detokenize(
+        self, ids: Iterable[int], *, skip_special_tokens: bool | None = None, timeout: float | None = None
+    ) -> Detokenized:
+        """Turn tokens into text and bytes."""
+        request = requests.detokenize_request(ids, skip_special_tokens)
+        return replies.detokenized(self._ask(self._stub.Detokenize, request, timeout))
+
+    def model(self, *, timeout: float | None = None) -> Model:
+        """Tell what is served: shape, limits, versions, special tokens, defaults."""
+        return replies.model(self._ask(self._stub.GetModel, pb.GetModelRequest(), timeout))
+
+    def abort(self, request_id: str, *, timeout: float | None = None) -> None:
+        """End a queued or running request; its stream ends with finish reason "abort".
+
+        Raises:
+            NotFound: no such request.
+        """
+        self._ask(self._stub.Abort, pb.AbortRequest(request_id=request_id), timeout)
+
+    def health(self, service: str = "", *, timeout: float | None = None) -> Health:
+        """Ask the server whether it serves; it does once it has warmed up, until it drains."""
+        # Wrappers have the same bytes as grpc.health.v1's messages: one text, one number, each field 1.
+        check = self._channel.unary_unary(
+            HEALTH_CHECK, request_serializer=StringValue.SerializeToString, response_deserializer=Int32Value.FromString
+        )
+        return Health(self._ask(check, StringValue(value=service), timeout).value)
+
+    def close(self) -> None:
+        """Close the connection; running streams are cancelled."""
+        self._closed = True
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, method: grpc.UnaryUnaryMultiCallable[Asked, Told], request: Asked, timeout: float | None) -> Told:
+        self._check_open()
+        try:
+            return method(request, timeout=self._seconds(timeout))
+        except grpc.RpcError as error:
+            raise error_of(error, self.address) from error
+
+    def _seconds(self, timeout: float | None) -> float | None:
+        return self.timeout if timeout is None else timeout
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this client is closed")

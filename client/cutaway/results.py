@@ -1,0 +1,236 @@
+"""What calls return: plain frozen values, with no gRPC in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+from cutaway.options import Sampling
+
+FinishReason = Literal["stop", "length", "abort", "unspecified"]
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprob:
+    """One of the likeliest tokens at a place, and the natural logarithm of its probability."""
+
+    id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of completion `index`, made in engine step `step` (0: an echoed prompt token).
+
+    `text` is what can be shown with it: empty while a character is incomplete or could be part of a stop text.
+    """
+
+    id: int
+    text: str
+    logprob: float | None
+    top_logprobs: tuple[TopLogprob, ...]
+    index: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptToken:
+    """One token of the prompt, at `position`, with its log-probability given the tokens before it."""
+
+    position: int
+    id: int
+    text: str
+    logprob: float | None
+    top_logprobs: tuple[TopLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The request is computed from now on: what was found in the prefix cache, and what computes."""
+
+    request_id: str
+    prompt_tokens: int
+    cached_tokens: int
+    model_hash: str
+    kernels: str
+    dtype: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One completion of the prompt. `stop` or `stop_token_id` is what ended it, if it was not the model itself."""
+
+    index: int
+    tokens: tuple[Token, ...]
+    text: str
+    finish_reason: FinishReason
+    completion_tokens: int
+    stop: str | None
+    stop_token_id: int | None
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The ids of `tokens`; an echoed prompt is part of them."""
+        return tuple(token.id for token in self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens counted; `completion_tokens` are those of all completions together."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds by the server's clock: to the first step, from there to the first token, from there to the last."""
+
+    queue_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Everything that one request brought. `text`, `tokens` and so on are those of completion 0."""
+
+    started: Started
+    completions: tuple[Completion, ...]
+    prompt_logprobs: tuple[PromptToken, ...] | None
+    usage: Usage
+    timings: Timings
+
+    @property
+    def text(self) -> str:
+        """The text of completion 0."""
+        return self.completions[0].text
+
+    @property
+    def tokens(self) -> tuple[Token, ...]:
+        """The tokens of completion 0."""
+        return self.completions[0].tokens
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The token ids of completion 0."""
+        return self.completions[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why completion 0 ended."""
+        return self.completions[0].finish_reason
+
+    @property
+    def request_id(self) -> str:
+        """The request's name."""
+        return self.started.request_id
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Two neighbours become one: `left` is at `position` before the merge; lower ranks merge first."""
+
+    left: str
+    right: str
+    rank: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class WordMerges:
+    """How byte-pair encoding builds the tokens of one word."""
+
+    symbols: tuple[str, ...]
+    steps: tuple[Merge, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """The tokens of a text.
+
+    `pieces` are as the vocabulary writes them; `offsets` are (start, end) in the UTF-8 bytes of the text, or of
+    `rendered`, the text that the chat template made of a conversation.
+    """
+
+    ids: tuple[int, ...]
+    pieces: tuple[str, ...]
+    offsets: tuple[tuple[int, int], ...]
+    merges: tuple[WordMerges, ...]
+    rendered: str
+
+
+@dataclass(frozen=True, slots=True)
+class Detokenized:
+    """The text of tokens, and the exact bytes of each."""
+
+    text: str
+    token_bytes: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """The network's shape. `windows` is each layer's sliding window in tokens, 0 for full attention."""
+
+    family: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_parameters: int
+    windows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What requests must stay within."""
+
+    max_context: int
+    max_running: int
+    max_queued: int
+    max_batch_tokens: int
+    page_size: int
+    total_pages: int
+    max_n: int
+    max_logprobs: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextInfo:
+    """Special tokens, and the chat template's source (empty: the model has none)."""
+
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    chat_template: str
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is served."""
+
+    name: str
+    model_hash: str
+    server_version: str
+    kernels: str
+    dtype: str
+    device: str
+    architecture: Architecture
+    limits: Limits
+    text: TextInfo
+    default_sampling: Sampling
+
+
+class Health(Enum):
+    """What the server says of itself; the numbers are those of grpc.health.v1."""
+
+    UNKNOWN = 0
+    SERVING = 1
+    NOT_SERVING = 2
+    SERVICE_UNKNOWN = 3

@@ -1,0 +1,72 @@
+"""What one stream has told so far: the part that the synchronous and the asynchronous stream share."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+
+from cutaway import replies
+from cutaway.errors import Cancelled, CutawayError, ServerError
+from cutaway.results import Answer, Completion, PromptToken, Started, Timings, Token, Usage
+from cutaway.v1 import inference_pb2 as pb
+
+
+class Transcript:
+    """What a stream has told so far: None is "not told yet"."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id: str | None = request_id or None
+        self.started: Started | None = None
+        self.completions: tuple[Completion, ...] | None = None
+        self.usage: Usage | None = None
+        self.timings: Timings | None = None
+        self._prompt: list[PromptToken] = []
+        self._tokens: defaultdict[int, list[Token]] = defaultdict(list)
+        self._pending: deque[Token] = deque()  # received, not given to the caller yet
+        self._closed = False
+
+    @property
+    def prompt_logprobs(self) -> tuple[PromptToken, ...] | None:
+        """The prompt's tokens with log-probabilities, if asked for; complete once the first token is here."""
+        return tuple(self._prompt) or None
+
+    @property
+    def text(self) -> str:
+        """The text of completion 0 so far."""
+        return "".join(token.text for token in self._tokens[0])
+
+    def answer(self) -> Answer:
+        """Everything that the stream brought.
+
+        Raises:
+            CutawayError: the stream has not been read to its end.
+        """
+        if self.started is None or self.completions is None or self.usage is None or self.timings is None:
+            raise self._ended_early()
+        return Answer(self.started, self.completions, self.prompt_logprobs, self.usage, self.timings)
+
+    def _take(self, message: pb.GenerateResponse) -> None:
+        match message.WhichOneof("event"):
+            case "started":
+                self.started = replies.flat(Started, message.started)
+                self.request_id = self.started.request_id
+            case "prompt_logprobs":
+                self._prompt.extend(replies.prompt_tokens(message.prompt_logprobs))
+            case "delta":
+                index = message.delta.index
+                tokens = [replies.token(wire, index) for wire in message.delta.tokens]
+                self._tokens[index].extend(tokens)
+                self._pending.extend(tokens)
+            case "finished":
+                self._finish(message.finished)
+            case _:
+                pass  # an event of a later version of the protocol
+
+    def _finish(self, wire: pb.Finished) -> None:
+        self.completions = tuple(replies.completion(each, self._tokens[each.index]) for each in wire.completions)
+        self.usage = replies.flat(Usage, wire.usage)
+        self.timings = replies.flat(Timings, wire.timings)
+
+    def _ended_early(self) -> CutawayError:
+        if self._closed:
+            return Cancelled("the stream was closed before its end")
+        return ServerError("the stream has no last message (yet)")

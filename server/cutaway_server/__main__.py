@@ -1,0 +1,147 @@
+"""The program: reads its options, builds the parts, serves, and goes down when told to.
+
+torch and gRPC are imported once the options are known to be right, so that `--help` and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+from cutaway_server.config import Config, ConfigError, read_config
+
+if TYPE_CHECKING:
+    from cutaway_server.engine.build import EngineFacts
+    from cutaway_server.engine.engine import Engine
+    from cutaway_server.service.server import Server
+    from cutaway_server.text.tokenizer import TextModel
+
+log = logging.getLogger(__name__)
+
+FAILED, MISTAKEN, SIGNALLED = 1, 2, 128  # exit codes: cut short; the caller's mistake; plus the signal's number
+
+
+def main() -> None:
+    """Run the server.
+
+    It exits with 0 when drained, 1 if the engine failed or a second signal came, and 2 for wrong options or models.
+    """
+    try:
+        config = read_config(sys.argv[1:], os.environ)
+    except ConfigError as error:
+        _refuse(error)
+    logging.basicConfig(
+        level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    # Read when torch is loaded. Threads that wait for each other must not spin: where anything else wants a core (the
+    # event loop does), a spinning thread keeps the one it waits for from running, and a step takes 20 times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from cutaway_server.errors import ModelError
+    from cutaway_server.service.server import ListenError
+
+    try:
+        code = asyncio.run(serve(config))
+    except (ModelError, ListenError) as error:
+        _refuse(error)
+    sys.exit(code)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    print(f"cutaway-server: {error}", file=sys.stderr)
+    sys.exit(MISTAKEN)
+
+
+async def serve(config: Config) -> int:
+    """Listen, load, and serve until a signal comes or the engine fails; the exit code."""
+    from cutaway_server.service.server import Server
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # while it loads there is nothing to give back
+        asyncio.get_running_loop().add_signal_handler(number, os._exit, SIGNALLED + number)
+    server = Server(config)
+    address = await server.listen()
+    try:
+        engine, facts, text = await asyncio.to_thread(load, config)
+        return await _serve_engine(server, address, engine, facts, text)
+    finally:
+        await server.stop()
+
+
+def load(config: Config) -> tuple[Engine, EngineFacts, TextModel]:
+    """The model, ready to compute.
+
+    Raises:
+        ModelError: it cannot be found, read, or fitted.
+    """
+    from cutaway_server.engine.build import build_engine
+    from cutaway_server.model.gguf_file import open_gguf
+    from cutaway_server.model.huggingface import open_directory
+    from cutaway_server.model.sources import resolve
+
+    path = resolve(config.model)
+    checkpoint = open_directory(path) if path.is_dir() else open_gguf(path)
+    with _progress(config.name) as progress:
+        engine, facts = build_engine(config, checkpoint, progress)
+    return engine, facts, checkpoint.text
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes done of all bytes, on a terminal; elsewhere the log's lines are enough."""
+    from tqdm import tqdm
+
+    with tqdm(desc=f"loading {name}", unit="B", unit_scale=True, disable=None, file=sys.stderr) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        log.info("loading %s", name)
+        yield advance
+
+
+async def _serve_engine(server: Server, address: str, engine: Engine, facts: EngineFacts, text: TextModel) -> int:
+    from cutaway_server.engine.thread import EngineThread
+
+    loop = asyncio.get_running_loop()
+    dead = asyncio.Event()
+
+    def on_death(_: BaseException) -> None:
+        loop.call_soon_threadsafe(dead.set)
+
+    thread = EngineThread(engine, server.desk.report, on_death)
+    thread.start()
+    try:
+        await server.serve(thread, facts, text)
+        print(f"listening on {address}", flush=True)
+        return await _until_told(server, dead)
+    finally:
+        thread.stop()
+
+
+async def _until_told(server: Server, dead: asyncio.Event) -> int:
+    """Wait for a signal or the engine's death, and end the streams as is right for each; the exit code."""
+    from cutaway_server.errors import Draining, EngineFailed
+    from cutaway_server.service.server import first_of
+
+    told, again = asyncio.Event(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, lambda: again.set() if told.is_set() else told.set())
+    await first_of(told.wait(), dead.wait())
+    if not dead.is_set():
+        log.info("draining: no new requests, running ones may finish")
+        await server.drain(again, dead)
+    if dead.is_set():
+        await server.end(EngineFailed("the engine has failed; the server is going down"))
+        return FAILED
+    await server.end(Draining("the server went down before the request was finished"))
+    return FAILED if again.is_set() else 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""What a request changes about the logits before a token is chosen: biases, penalties, bans and masks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cutaway_server.sampler.batch import Biases, Parameters, SamplingBatch, Seen
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+def adjust(logits: Tensor, batch: SamplingBatch) -> Tensor:
+    """The logits fp32 [R, V] as the rows want them: a copy, or the same tensor where nobody wants a change."""
+    if batch.biases is None and batch.seen is None and batch.banned is None and batch.mask is None:
+        return logits
+    logits = logits.clone()
+    if batch.biases is not None:
+        _add(logits, batch.biases)
+    if batch.seen is not None:
+        _penalise(logits, batch.seen, batch.parameters)
+    if batch.banned is not None:
+        logits[batch.banned.rows, batch.banned.tokens] = -torch.inf
+    if batch.mask is not None:
+        logits.masked_fill_(~allowed(batch.mask, logits.shape[1]), -torch.inf)
+    return logits
+
+
+def allowed(mask: Tensor, vocab_size: int) -> Tensor:
+    """A bit mask int32 [R, words] as bool [R, vocab_size], lowest bit first."""
+    bits = mask[:, :, None] >> torch.arange(32, dtype=torch.int32, device=mask.device)
+    return (bits & 1).bool().flatten(1)[:, :vocab_size]
+
+
+def _add(logits: Tensor, biases: Biases) -> None:
+    where = (biases.rows, biases.tokens)
+    logits[where] = logits[where] + biases.values.float()
+
+
+def _penalise(logits: Tensor, seen: Seen, parameters: Parameters) -> None:
+    """Repetition over prompt and output, as transformers has it; frequency and presence over output, as OpenAI."""
+    repetition = parameters.repetition[seen.rows]
+    before = logits[seen.rows, seen.tokens].double()
+    values = torch.where(before < 0, before * repetition, before / repetition)
+    values -= parameters.frequency[seen.rows] * seen.counts
+    values -= parameters.presence[seen.rows] * (seen.counts > 0)
+    logits[seen.rows, seen.tokens] = values.clamp_(max=LARGEST).float()

@@ -1,0 +1,102 @@
+"""One step of sampling. Each row takes the path that its own parameters ask for; nobody pays for another's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cutaway_server.sampler.adjust import adjust
+from cutaway_server.sampler.batch import SampledBatch, SamplingBatch
+from cutaway_server.sampler.draw import distances, draw, invert
+from cutaway_server.sampler.filters import Filters, keep, keep_k
+from cutaway_server.sampler.logprobs import log_probabilities
+from cutaway_server.sampler.order import HISTOGRAM, least
+from cutaway_server.sampler.philox import uniforms
+
+# Filtering takes some twenty temporaries of its rows, so rows go in parts of this many elements: what stays in the
+# cache of a CPU (4 x faster than all at once), what fills a GPU without filling its memory.
+ON_CPU = 2**18
+ON_DEVICE = 2**24
+
+
+def sample(logits: Tensor, batch: SamplingBatch) -> SampledBatch:
+    """Choose one token per row of logits [R, V], which stay as they are.
+
+    Draws go by inverse CDF: in order of ids, or, where top_k is small, from the likeliest down. Greedy rows take the
+    likeliest token, the lowest id among equals.
+    """
+    logits = logits.float()
+    adjusted = adjust(logits, batch)
+    highest = adjusted.amax(1)
+    sound = highest if adjusted is logits else logits.amax(1)
+    valid = (sound < torch.inf) & (highest > -torch.inf)  # amax hands NaN on, and NaN compares False
+    tokens = torch.where(valid, _choose(adjusted, highest, batch), 0)
+    return SampledBatch(tokens, valid, *_score(logits, tokens, batch))
+
+
+def _choose(logits: Tensor, highest: Tensor, batch: SamplingBatch) -> Tensor:
+    parameters, paths = batch.parameters, batch.paths
+    tokens = torch.zeros_like(parameters.positions)
+    if paths.greedy is not None:
+        tokens[paths.greedy] = _pick(logits, paths.greedy).argmax(1)
+    if paths.plain is None and paths.short is None and paths.long is None:
+        return tokens
+    uniform = uniforms(parameters.seeds, parameters.indices, parameters.positions)
+    for rows, path in ((paths.plain, _plain), (paths.short, _short), (paths.long, _long)):
+        if rows is not None:
+            below = distances(_pick(logits, rows), _pick(highest, rows), _pick(parameters.temperature, rows))
+            tokens[rows] = path(below, _pick(uniform, rows), rows, batch)
+    return tokens
+
+
+def _plain(below: Tensor, uniform: Tensor, _rows: Tensor, _batch: SamplingBatch) -> Tensor:
+    return draw(below.neg_().exp_(), uniform)
+
+
+def _short(below: Tensor, uniform: Tensor, rows: Tensor, batch: SamplingBatch) -> Tensor:
+    candidates, places = least(below, batch.paths.longest_short)
+    rank = torch.arange(candidates.shape[1], device=rows.device)
+    kept = keep(candidates, rank < _pick(batch.parameters.top_k, rows)[:, None], _filters(rows, batch))
+    place, _ = invert((-candidates).exp_().mul_(kept), uniform)
+    return places.gather(1, place[:, None]).squeeze(1)
+
+
+def _long(below: Tensor, uniform: Tensor, rows: Tensor, batch: SamplingBatch) -> Tensor:
+    at_once = max(1, (ON_CPU if below.device.type == "cpu" else ON_DEVICE) // max(below.shape[1], HISTOGRAM))
+    parts = zip(below.split(at_once), uniform.split(at_once), rows.split(at_once), strict=True)
+    return torch.cat([_long_part(*part, batch) for part in parts])
+
+
+def _long_part(below: Tensor, uniform: Tensor, rows: Tensor, batch: SamplingBatch) -> Tensor:
+    kept = keep_k(below, _pick(batch.parameters.top_k, rows)) if batch.paths.any_long_k else None
+    kept = keep(below, kept, _filters(rows, batch))
+    return draw(below.neg_().exp_().mul_(kept), uniform)
+
+
+def _filters(rows: Tensor, batch: SamplingBatch) -> Filters:
+    parameters, paths = batch.parameters, batch.paths
+    return Filters(
+        _pick(parameters.top_p, rows) if paths.any_top_p else None,
+        _pick(parameters.min_p, rows) if paths.any_min_p else None,
+        _pick(parameters.typical_p, rows) if paths.any_typical_p else None,
+    )
+
+
+def _score(
+    logits: Tensor, tokens: Tensor, batch: SamplingBatch
+) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+    """Log-probabilities of the rows that want them, in their places among all rows."""
+    if batch.logprobs is None or batch.scored is None:
+        return None, None, None
+    scored = log_probabilities(_pick(logits, batch.scored), _pick(tokens, batch.scored), batch.logprobs)
+    if len(batch.scored) == len(tokens):
+        return scored
+    logprobs, top_tokens, top_logprobs = (part.new_zeros(len(tokens), *part.shape[1:]) for part in scored)
+    for whole, part in zip((logprobs, top_tokens, top_logprobs), scored, strict=True):
+        whole[batch.scored] = part
+    return logprobs, top_tokens, top_logprobs
+
+
+def _pick(values: Tensor, rows: Tensor) -> Tensor:
+    """The rows asked for; no copy where they are all."""
+    return values if len(rows) == len(values) else values[rows]

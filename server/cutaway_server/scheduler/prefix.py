@@ -1,0 +1,45 @@
+"""Prompts that start alike share blocks: a sequence's full blocks, found and published by their chained digests."""
+
+from __future__ import annotations
+
+from cutaway_server.cache.blocks import ROOT, BlockPool
+from cutaway_server.scheduler.sequence import Sequence
+
+
+class PrefixCache:
+    """Finds and publishes blocks for sequences that allow it. Each token is hashed once per completion."""
+
+    def __init__(self, pool: BlockPool, *, enabled: bool) -> None:
+        self.pool = pool
+        self.enabled = enabled
+
+    def find(self, sequence: Sequence) -> list[int]:
+        """The published blocks that hold the sequence's first tokens."""
+        found: list[int] = []
+        if self._serves(sequence):
+            self._hash(sequence, len(sequence.tokens) // self.pool.page_size)
+            for digest in sequence.digests:
+                block = self.pool.find(digest)
+                if block is None:
+                    break
+                found.append(block)
+        return found
+
+    def publish(self, sequence: Sequence, start: int) -> None:
+        """Publish the blocks that the sequence has filled, from its block number `start` on."""
+        full = sequence.stored // self.pool.page_size
+        if full > start and self._serves(sequence):
+            self._hash(sequence, full)
+            for i in range(start, full):
+                self.pool.publish(sequence.blocks[i], sequence.digests[i])
+
+    def _serves(self, sequence: Sequence) -> bool:
+        return self.enabled and sequence.request.prefix_caching
+
+    def _hash(self, sequence: Sequence, full: int) -> None:
+        """Extend the sequence's digests to its first `full` blocks. The tenant salts the first."""
+        size = self.pool.page_size
+        for i in range(len(sequence.digests), full):
+            parent = sequence.digests[-1] if i else ROOT
+            salt = b"" if i else sequence.request.tenant.encode()
+            sequence.digests.append(self.pool.chain(parent, sequence.tokens[i * size : (i + 1) * size], salt))

@@ -1,0 +1,140 @@
+"""From a GenerateRequest to a Request: everything that the wire can carry and the engine must not see ends here."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from cutaway.v1 import inference_pb2 as v1
+
+from cutaway_server.engine.build import EngineFacts
+from cutaway_server.errors import InvalidField
+from cutaway_server.request import (
+    MAX_BAD_WORD_TOKENS,
+    Request,
+    SamplingOptions,
+    SamplingParams,
+    check_bad_words,
+    resolve_sampling,
+)  # fmt: skip
+from cutaway_server.service.outbox import token_size
+from cutaway_server.service.reply import Asked
+from cutaway_server.service.texts import encode_chat, encode_text, is_set, token_ids
+from cutaway_server.service.tokens import sampling_options, wire_token
+from cutaway_server.text.stream import CompletionText
+from cutaway_server.text.tokenizer import TextModel
+
+NAME = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What requests must stay within."""
+
+    facts: EngineFacts
+    max_prompt_bytes: int
+    max_backlog: int
+
+
+def ask(message: v1.GenerateRequest, model: TextModel, limits: Limits, arrival: float, deadline: float | None) -> Asked:
+    """Check and tokenise a request. Times are seconds of time.monotonic().
+
+    Raises:
+        InvalidField: names the field, the value and the rule.
+        Unsupported: the model has no chat template.
+    """
+    name = _name(message.request_id)
+    options = sampling_options(message.sampling).over(limits.facts.defaults)
+    prompt = _prompt(message, model, limits)
+    request = Request(
+        name,
+        prompt,
+        _sampling(options, model, limits.facts, len(prompt)),
+        arrival,
+        deadline,
+        prefix_caching=is_set(message, "prefix_caching", default=True),
+    )
+    skip = is_set(message, "skip_special_tokens", default=True)
+    echo = tuple(_echo(prompt, model, skip)) if message.echo else None
+    _check_echo(echo, request.sampling, limits.max_backlog)
+    return Asked(request, skip, echo)
+
+
+def _name(asked: str) -> str:
+    if asked and not NAME.fullmatch(asked):
+        raise InvalidField("request_id", asked, "must be at most 128 characters of [A-Za-z0-9._:-]")
+    return asked or f"req-{secrets.token_hex(8)}"
+
+
+def _prompt(message: v1.GenerateRequest, model: TextModel, limits: Limits) -> tuple[int, ...]:
+    ids: Sequence[int]
+    match message.WhichOneof("prompt"):
+        case "text":
+            ids = encode_text(message, model, limits.max_prompt_bytes).ids
+        case "token_ids":
+            ids = token_ids(message.token_ids, limits.facts.config.d_vocab, limits.facts.max_context)
+        case "chat":
+            ids = encode_chat(message.chat, model, limits.max_prompt_bytes)[1].ids
+        case _:
+            raise InvalidField("prompt", None, "one of text, token_ids and chat must be set")
+    if not ids:
+        raise InvalidField("prompt", "0 tokens", "must have at least one token")
+    return tuple(ids)
+
+
+def _sampling(options: SamplingOptions, model: TextModel, facts: EngineFacts, prompt_length: int) -> SamplingParams:
+    _check_length(prompt_length, options.max_tokens, facts.max_context)
+    check_bad_words(options.bad_words)
+    bad_words = tuple(
+        spelling for i, word in enumerate(options.bad_words) for spelling in _spellings(f"[{i}]", word, model)
+    )
+    return resolve_sampling(
+        options,
+        prompt_length=prompt_length,
+        max_context=facts.max_context,
+        vocab_size=facts.config.d_vocab,
+        eos_token_ids=facts.eos_token_ids,
+        bad_words=bad_words,
+        seed=secrets.randbits(63),
+    )
+
+
+def _check_length(length: int, max_tokens: int | None, max_context: int) -> None:
+    if length > max_context:
+        raise InvalidField("prompt", f"{length} tokens", f"the context has {max_context}")
+    if length == max_context and max_tokens is None:
+        rule = f"it fills the context of {max_context}: shorten it, or set sampling.max_tokens to 0 to score it"
+        raise InvalidField("prompt", f"{length} tokens", rule)
+
+
+def _spellings(place: str, word: str, model: TextModel) -> list[tuple[int, ...]]:
+    """A bad word's tokens at the start of a text and within it, where most vocabularies join the space to it."""
+    spellings = {
+        tuple(model.encode(text, add_special_tokens=False, parse_special_tokens=False).ids)
+        for text in (word, " " + word.lstrip())
+        if text.strip() or text == word
+    }
+    for spelling in spellings:
+        if len(spelling) > MAX_BAD_WORD_TOKENS:
+            rule = f"must have at most {MAX_BAD_WORD_TOKENS} tokens"
+            raise InvalidField(f"sampling.bad_words{place}", word, f"{rule}, and has {len(spelling)}")
+    return sorted(spelling for spelling in spellings if spelling)
+
+
+def _echo(prompt: tuple[int, ...], model: TextModel, skip_special_tokens: bool) -> Iterator[v1.Token]:
+    text = CompletionText(model, (), skip_special_tokens, 0)
+    tokens = [wire_token(token, text.push(token).text, 0, None) for token in prompt]
+    tokens[-1].text += text.finish()
+    yield from tokens
+
+
+def _check_echo(echo: tuple[v1.Token, ...] | None, sampling: SamplingParams, max_backlog: int) -> None:
+    """Refuse an echo that would fill the space for unread messages by itself."""
+    if echo is None:
+        return
+    size = sampling.n * sum(token_size(token) + 16 * (sampling.prompt_logprobs or 0) for token in echo)
+    if size > max_backlog // 2:
+        rule = f"{len(echo)} tokens with their log-probabilities for each of n={sampling.n} completions are too much"
+        raise InvalidField("echo", True, f"{rule} ({size} bytes of at most {max_backlog // 2})")

@@ -1,0 +1,146 @@
+"""Who waits for which request's events: the one place where the engine's thread and the event loop meet."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from cutaway_server.errors import AlreadyExists, Draining, EngineFailed, NotFound
+from cutaway_server.request import Event, Request, RequestEnded, RequestFailed
+from cutaway_server.service.reply import Reply
+
+log = logging.getLogger(__name__)
+
+
+class Backend(Protocol):
+    """What computes; every request submitted ends with RequestEnded or RequestFailed."""
+
+    def submit(self, request: Request) -> None:
+        """Queue a request."""
+
+    def abort(self, request_id: str, index: int | None = None) -> bool:
+        """End a request, or one completion of it."""
+
+
+class Desk:
+    """Routes events to replies. All but `report` belongs to the event loop.
+
+    A request keeps its name until the engine has ended it, so that no late event reaches a later request.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._backend: Backend | None = None
+        self._replies: dict[str, Reply] = {}  # until the engine has ended them
+        self._streams: set[Reply] = set()  # until their readers have gone
+        self._refusal: Exception | None = None  # told to new requests
+        self._quiet = asyncio.Event()  # no stream is open
+        self._quiet.set()
+
+    def connect(self, backend: Backend) -> None:
+        """Say what computes."""
+        self._backend = backend
+
+    def report(self, events: Sequence[tuple[str, Event]]) -> None:
+        """Take one step's events, on the engine's thread."""
+        self._loop.call_soon_threadsafe(self._deliver, events)
+
+    @contextmanager
+    def stream(self, request: Request, make: Callable[[Callable[[int], None]], Reply]) -> Iterator[Reply]:
+        """Submit a request for as long as the block lasts; leaving it early aborts the request.
+
+        Args:
+            request: what to compute.
+            make: makes the reply, given what ends one of its completions early.
+
+        Raises:
+            Draining, EngineFailed, AlreadyExists, QueueFull, InvalidField: it is not taken.
+        """
+        reply = self._open(request, make)
+        try:
+            yield reply
+        finally:
+            self._streams.discard(reply)
+            if not self._streams:
+                self._quiet.set()
+            if self._replies.get(request.request_id) is reply:  # the engine has not ended it
+                reply.leave()
+                self._engine.abort(request.request_id)
+
+    def _open(self, request: Request, make: Callable[[Callable[[int], None]], Reply]) -> Reply:
+        name = request.request_id
+        self.admit()
+        if name in self._replies:
+            raise AlreadyExists(f"request_id: {name!r} is already running")
+        reply = make(lambda index: self._abort_completion(name, index))
+        self._engine.submit(request)  # its events come through the loop: not before this function is over
+        self._replies[name] = reply
+        self._streams.add(reply)
+        self._quiet.clear()
+        return reply
+
+    def abort(self, name: str) -> None:
+        """End a queued or running request.
+
+        Raises:
+            NotFound: there is none of that name.
+        """
+        if name not in self._replies or not self._engine.abort(name):
+            raise NotFound(f"request_id: no request {name!r} is queued or running")
+
+    def admit(self) -> None:
+        """Check that new requests are taken.
+
+        Raises:
+            Draining, EngineFailed: they are not.
+        """
+        if self._refusal is not None:
+            raise self._refusal
+
+    def refuse(self, error: Exception) -> None:
+        """Take no new requests; tell `error` instead."""
+        self._refusal = error
+
+    def end_all(self, error: Draining | EngineFailed) -> None:
+        """End every stream with an error."""
+        for name, reply in self._replies.items():
+            reply.fail(error)
+            self._engine.abort(name)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The requests that the engine has not ended."""
+        return frozenset(self._replies)
+
+    async def quiet(self) -> None:
+        """Wait until no stream is open."""
+        await self._quiet.wait()
+
+    @property
+    def _engine(self) -> Backend:
+        assert self._backend is not None, "connect() comes first"
+        return self._backend
+
+    def _abort_completion(self, name: str, index: int) -> None:
+        self._engine.abort(name, index)
+
+    def _deliver(self, events: Sequence[tuple[str, Event]]) -> None:
+        for name, event in events:
+            reply = self._replies.get(name)
+            if reply is None:
+                continue
+            if isinstance(event, RequestEnded | RequestFailed):
+                del self._replies[name]
+            self._hand_over(name, reply, event)
+
+    def _hand_over(self, name: str, reply: Reply, event: Event) -> None:
+        try:
+            reply.add(event)
+        except Exception:
+            log.exception("request %s: its %s could not be told", name, type(event).__name__)
+            reply.fail(EngineFailed("this request's events could not be put into messages"))
+        if reply.failed:  # what nobody will read need not be computed
+            self._engine.abort(name)

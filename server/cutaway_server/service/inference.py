@@ -1,0 +1,89 @@
+"""cutaway.v1.Inference: what each call does, in terms of the rooms below."""
+# ruff: noqa: N802, ARG002  (the contract names the methods, and gRPC gives each both arguments)
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+
+from cutaway.v1 import inference_pb2 as v1
+from cutaway.v1.inference_pb2_grpc import InferenceServicer
+
+from cutaway_server.config import Config
+from cutaway_server.engine.build import EngineFacts
+from cutaway_server.service.asking import Limits, ask
+from cutaway_server.service.describing import describe
+from cutaway_server.service.desk import Desk
+from cutaway_server.service.reply import Reply
+from cutaway_server.service.status import Context, Loading, answering
+from cutaway_server.service.texts import detokenize, tokenize
+from cutaway_server.service.workers import Workers
+from cutaway_server.text.tokenizer import TextModel
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The model served, once it is loaded."""
+
+    name: str
+    facts: EngineFacts
+    text: TextModel
+
+
+class Inference(InferenceServicer):
+    """The servicer. `served` is set when the model is ready; until then every call is UNAVAILABLE."""
+
+    def __init__(self, desk: Desk, workers: Workers, config: Config) -> None:
+        self.served: Served | None = None
+        self._desk = desk
+        self._workers = workers
+        self._max_backlog = config.max_backlog
+        self._max_prompt_bytes = config.max_prompt_bytes
+
+    # Writing to the context, rather than yielding, lets a cancelled call clean up at once.
+    @answering
+    async def Generate(self, request: v1.GenerateRequest, context: Context) -> None:  # type: ignore[override]
+        """Stream one request's completions."""
+        served = self._ready()
+        self._desk.admit()
+        arrival, remaining = time.monotonic(), context.time_remaining()
+        deadline = None if remaining is None else arrival + remaining
+        limits = Limits(served.facts, self._max_prompt_bytes, self._max_backlog)
+        asked = await self._workers.run(partial(ask, request, served.text, limits, arrival, deadline))
+        facts = v1.Started(model_hash=served.facts.model_hash, kernels=served.facts.kernels, dtype=served.facts.dtype)
+        make = partial(Reply, asked, served.text, facts, self._max_backlog)
+        with self._desk.stream(asked.request, make) as reply:
+            while messages := await reply.take():
+                for message in messages:
+                    await context.write(message)
+
+    @answering
+    async def Abort(self, request: v1.AbortRequest, context: Context) -> v1.AbortResponse:
+        """End a queued or running request."""
+        self._ready()
+        self._desk.abort(request.request_id)
+        return v1.AbortResponse()
+
+    @answering
+    async def Tokenize(self, request: v1.TokenizeRequest, context: Context) -> v1.TokenizeResponse:
+        """Turn text into tokens."""
+        text = self._ready().text
+        return await self._workers.run(partial(tokenize, request, text, self._max_prompt_bytes))
+
+    @answering
+    async def Detokenize(self, request: v1.DetokenizeRequest, context: Context) -> v1.DetokenizeResponse:
+        """Turn tokens into text."""
+        served = self._ready()
+        return await self._workers.run(partial(detokenize, request, served.text, served.facts.config.d_vocab))
+
+    @answering
+    async def GetModel(self, request: v1.GetModelRequest, context: Context) -> v1.GetModelResponse:
+        """Tell what is served."""
+        served = self._ready()
+        return describe(served.name, served.facts, served.text)
+
+    def _ready(self) -> Served:
+        if self.served is None:
+            raise Loading("the model is still being loaded")
+        return self.served

@@ -1,0 +1,94 @@
+"""The one table from errors to gRPC status, and the door through which every handler's errors leave."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import grpc
+
+from cutaway_server.errors import (
+    AlreadyExists,
+    CutawayError,
+    DeadlineExceeded,
+    Draining,
+    EngineFailed,
+    InvalidField,
+    ModelError,
+    NotFound,
+    QueueFull,
+    Unsupported,
+)  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+P = ParamSpec("P")
+R = TypeVar("R")
+Self = TypeVar("Self")
+
+
+class Loading(CutawayError):
+    """The model is not ready yet."""
+
+
+class Backlog(CutawayError):
+    """The client reads so slowly that more is held for it than may be."""
+
+
+CODES: dict[type[CutawayError], grpc.StatusCode] = {
+    InvalidField: grpc.StatusCode.INVALID_ARGUMENT,
+    NotFound: grpc.StatusCode.NOT_FOUND,
+    AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Backlog: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Unsupported: grpc.StatusCode.FAILED_PRECONDITION,
+    Draining: grpc.StatusCode.UNAVAILABLE,
+    Loading: grpc.StatusCode.UNAVAILABLE,
+    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    EngineFailed: grpc.StatusCode.INTERNAL,
+    ModelError: grpc.StatusCode.INTERNAL,
+}
+UNTOLD = "internal error; the server's log says more"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What a client is told: code, message and trailing metadata."""
+
+    code: grpc.StatusCode
+    message: str
+    trailing: tuple[tuple[str, str], ...] = ()
+
+
+def status_of(error: Exception) -> Status:
+    """The status of an error; one that nobody foresaw is INTERNAL, and its words stay here."""
+    code = CODES.get(type(error)) if isinstance(error, CutawayError) else None  # the classes have no heirs
+    if code is None:
+        return Status(grpc.StatusCode.INTERNAL, UNTOLD)
+    if isinstance(error, QueueFull):
+        wait = ("retry-after-ms", str(round(error.retry_after_seconds * 1000)))
+        return Status(code, str(error), (wait,))
+    return Status(code, str(error))
+
+
+def answering(
+    handler: Callable[Concatenate[Self, P], Awaitable[R]],
+) -> Callable[Concatenate[Self, P], Awaitable[R]]:
+    """Make what a handler raises the status of its call. The context is the handler's last argument."""
+
+    @functools.wraps(handler)
+    async def answered(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await handler(self, *args, **kwargs)
+        except Exception as error:
+            status = status_of(error)
+            if status.code is grpc.StatusCode.INTERNAL:
+                log.exception("%s failed", handler.__name__)
+            context: Context = args[-1]  # type: ignore[assignment]  # ParamSpec does not know its last
+            return await context.abort(status.code, status.message, status.trailing)
+
+    return answered

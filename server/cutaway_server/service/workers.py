@@ -1,0 +1,47 @@
+"""A few threads for tokenising and templating, so that the event loop never waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
+
+from cutaway_server.errors import QueueFull
+
+R = TypeVar("R")
+
+
+class Workers:
+    """Runs functions on threads, at most `max_waiting` of them at once running or waiting."""
+
+    def __init__(self, threads: int, max_waiting: int) -> None:
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="text")
+        self._max_waiting = max_waiting
+        self._waiting = 0
+
+    async def run(self, function: Callable[[], R]) -> R:
+        """The function's result.
+
+        Raises:
+            QueueFull: too many wait already.
+        """
+        if self._waiting >= self._max_waiting:
+            raise QueueFull(f"{self._waiting} texts wait to be tokenised, as many as may", retry_after_seconds=1.0)
+        loop = asyncio.get_running_loop()
+        self._waiting += 1  # until it has run, even if nobody waits for it any more
+        future = self._executor.submit(function)
+        future.add_done_callback(lambda _: self._count_down(loop))
+        return await asyncio.wrap_future(future)
+
+    def stop(self) -> None:
+        """End the threads."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _count_down(self, loop: asyncio.AbstractEventLoop) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(self._done)
+
+    def _done(self) -> None:
+        self._waiting -= 1
