@@ -27,7 +27,7 @@ LONGER = "Tell me a story about a lighthouse."
 START_SECONDS = 600  # a first start unpacks the model
 STOP_SECONDS = 60
 SHOWN = 12  # tokens in the table
-ALTERNATIVES = 4
+ALTERNATIVES = 3
 
 console = Console(highlight=False)
 
@@ -154,8 +154,8 @@ def show_choices(client: Client, answer: Answer) -> None:
     """The first tokens of the answer, how sure the model was, and what it might have said."""
     heading(f"How it chose its first {min(SHOWN, len(answer.tokens))} tokens")
     table = Table(box=None, header_style="dim")
-    for column in ("step", "id", "token", "log-prob", "what it might have said instead"):
-        table.add_column(column, no_wrap=True)
+    for column, width in (("step", 4), ("id", 5), ("token", 14), ("log-prob", 8), ("what else it might have said", 20)):
+        table.add_column(column, no_wrap=True, min_width=width)
     for token in answer.tokens[:SHOWN]:
         require(token.logprob is not None and token.logprob <= 0, f"token {token.id} has no log-probability")
         likeliest = [top.logprob for top in token.top_logprobs]

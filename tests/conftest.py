@@ -10,7 +10,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
 
 import pytest
 import torch
-
 from cutaway_server.model.sources import resolve
 
 

@@ -336,6 +336,13 @@ def test_tokenize_colours_the_pieces_on_a_terminal_only(address: str) -> None:
     assert "\x1b[30m\x1b[44mlow\x1b[0m" in at_a_terminal(address, "tokenize", "lowest")
 
 
+def test_no_color_means_no_colour(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    shown = at_a_terminal(address, "tokenize", "lowest")
+    assert "low" in shown
+    assert "\x1b[" not in shown
+
+
 def start(address: str, *args: str) -> subprocess.Popen[bytes]:
     pipe = subprocess.PIPE
     environment = {**os.environ, "CUTAWAY_ADDRESS": address}

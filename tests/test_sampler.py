@@ -12,19 +12,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from cutaway_server.request import SamplingParams
-from cutaway_server.sampler import SampledBatch, SamplerState, build_batch, log_probabilities, sample, uniforms
+from cutaway_server.sampler import SampledBatch, SamplerState, build_batch, choose, log_probabilities, sample, uniforms
 from cutaway_server.sampler.adjust import adjust
 from cutaway_server.sampler.draw import distances
 from cutaway_server.sampler.filters import Filters, keep, keep_k
 from cutaway_server.sampler.order import least, nearest
 from cutaway_server.sampler.philox import philox
 from cutaway_server.sampler.state import SeenTokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 CPU = torch.device("cpu")
 VOCAB = 700  # not a multiple of a block, nor of a vector
@@ -317,10 +316,10 @@ def test_draws_are_inside_the_vocabulary_whatever_its_size(vocab: int) -> None:
 def test_draws_follow_the_distribution(asked: dict[str, Any]) -> None:
     one = params(temperature=1.3, **asked)
     values = logits(1, 300, scale=1.5)
-    rows = 1000
+    rows = 400
     state = [SamplerState(one, (), 300)] * rows
     counts = torch.zeros(300, dtype=torch.int64)
-    for start in range(0, 40_000, rows):
+    for start in range(0, 20_000, rows):
         batch = build_batch(state, list(range(start, start + rows)), 300, CPU)
         counts += torch.bincount(sample(values.expand(rows, -1), batch).tokens, minlength=300)
     probabilities = warped(values, one).softmax(1)[0]
@@ -399,6 +398,13 @@ def test_a_row_is_the_same_to_the_bit_where_threads_share_the_work() -> None:
     kinds = [{}, {"top_k": 20}, {"top_p": 0.9}, {"top_k": 2000, "typical_p": 0.9}, {"temperature": 0.0}]
     asked = [params(seed=row, logprobs=4, **kinds[row % 5]) for row in range(15)]
     assert_rows_are_as_alone(logits(15, 50_257, scale=1.0), asked)
+
+
+def test_filtering_in_parts_changes_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [params(seed=row, top_p=0.9, typical_p=0.8) for row in range(10)]
+    whole = draw(logits(10), *asked).tokens
+    monkeypatch.setattr(choose, "ON_CPU", 3 * 2**11)  # three rows at a time, then one that is left
+    assert torch.equal(draw(logits(10), *asked).tokens, whole)
 
 
 def test_a_neighbour_that_is_not_valid_changes_nothing() -> None:
@@ -524,7 +530,7 @@ def test_a_step_never_waits_for_the_device(asked: dict[str, Any]) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         result = sample(mode.from_tensor(logits(4)), batch)
         assert result.tokens.shape == (4,)
-        with pytest.raises(Exception, match="item|_local_scalar_dense|data"):
+        with pytest.raises(Exception, match="_local_scalar_dense"):
             result.tokens[0].item()
 
 

@@ -343,6 +343,36 @@ def test_the_prefix_cache_serves_the_same_tenant_and_who_wants_it(how: dict[str,
     assert engine.step().started[0][1] == cached
 
 
+def test_a_server_without_prefix_caching_finds_nothing() -> None:
+    engine = Engine(scheduler_with(prefix_caching=False))
+    for _ in range(2):
+        engine.add(request_for([1, 2, 3, 4, 5], 1))
+        assert engine.step().started[0][1] == 0
+    assert engine.scheduler.pool.cached == 0
+
+
+def test_a_block_is_not_found_when_the_one_before_it_is_gone() -> None:
+    engine = Engine(scheduler_with(capacity=6, page_size=1))
+    engine.add(request_for([1], 1))
+    engine.add(request_for([1, 2], 1))  # computed beside the first: its own copy of [1] can't be found, its [1, 2] can
+    engine.step()
+    engine.add(request_for([4] * 5, 1))  # takes all that is free, and evicts [1]
+    engine.step()
+    assert engine.scheduler.pool.evictions == 1
+    engine.add(request_for([1, 2, 3], 1))
+    assert engine.step().started[0][1] == 0
+
+
+def test_the_head_of_a_finished_prompt_stays_in_the_cache_longer_than_its_tail() -> None:
+    engine = Engine(scheduler_with(capacity=4))
+    engine.add(request_for([1] * 12, 1))
+    engine.run()
+    engine.add(request_for([2] * 8, 1))  # one free block, and one evicted
+    engine.run()
+    engine.add(request_for([1] * 12, 1))
+    assert engine.step().started[0][1] == 8
+
+
 def test_who_wants_no_prefix_cache_does_not_feed_it_either() -> None:
     engine = Engine(scheduler_with())
     engine.add(request_for([1, 2, 3, 4, 5], 1, prefix_caching=False))
@@ -402,7 +432,7 @@ def test_who_is_preempted_comes_back_in_a_later_step_even_if_others_hold_all_its
     schedule = engine.step()
     assert [sequence.request.request_id for sequence in schedule.preempted] == ["b"]
     assert rows_of(schedule) == [("a", 4, 5, 4)]
-    assert rows_of(engine.step())[-1] == ("b", 4, 5, 4), "its prompt is shared now"
+    assert rows_of(engine.step())[-1] == ("b", 4, 5, 5), "all its tokens are found now"
     engine.run()
 
 
@@ -470,6 +500,12 @@ def test_what_is_past_its_deadline_ends_waiting_or_running() -> None:
     assert engine.ended[patient] == "done"
 
 
+def test_all_completions_of_a_request_share_its_deadline() -> None:
+    engine = Engine(scheduler_with())
+    engine.add(request_for([1], 50, n=3, deadline=2.5))
+    assert [len(engine.step().expired) for _ in range(4)] == [0, 0, 0, 3]
+
+
 def test_finishing_gives_all_blocks_back_in_every_state() -> None:
     engine = Engine(scheduler_with(capacity=4, max_batch_tokens=5))
     running = engine.add(request_for([1] * 4, 20))
@@ -499,6 +535,19 @@ def test_a_prompt_that_cannot_fit_now_waits_and_nobody_overtakes_it() -> None:
     assert engine.started == [running, big, small]
 
 
+def test_who_waits_for_blocks_starts_when_one_of_several_ends() -> None:
+    engine = Engine(scheduler_with(capacity=11, page_size=1))
+    long = engine.add(request_for([1], 8))
+    short = engine.add(request_for([2] * 5, 2))
+    waiting = engine.add(request_for([3] * 4, 1))
+    engine.step()
+    assert engine.started == [long, short]
+    for _ in range(2):
+        engine.step()
+    assert engine.started == [long, short, waiting]
+    assert not long.finished
+
+
 @pytest.mark.parametrize(
     ("request_", "field_", "message"),
     [
@@ -525,12 +574,21 @@ def test_what_just_fits_is_taken() -> None:
 
 
 def test_too_many_who_wait_are_refused_with_a_time_to_come_back() -> None:
-    scheduler = scheduler_with(max_queued=2, max_running=3)
-    for _ in range(5):  # three of them have a place free
-        scheduler.add(request_for([1]))
-    with pytest.raises(QueueFull, match="5 requests are waiting") as caught:
-        scheduler.add(request_for([1]))
-    assert caught.value.retry_after_seconds > 0
+    engine = Engine(scheduler_with(max_queued=2, max_running=1))
+    for _ in range(3):
+        engine.add(request_for([1]))  # one of them has a free place to go to
+    for _ in range(2):
+        with pytest.raises(QueueFull, match="are waiting") as caught:
+            engine.add(request_for([1]))
+        assert caught.value.retry_after_seconds > 0
+        engine.step()
+    assert engine.scheduler.n_waiting == 2
+    while engine.scheduler.n_waiting == 2:
+        engine.step()
+    with pytest.raises(QueueFull):
+        engine.scheduler.refuse(request_for([1]), arriving=1)
+    engine.add(request_for([1]))
+    engine.run()
 
 
 class CountingPool(BlockPool):
@@ -559,7 +617,7 @@ def test_a_step_does_no_work_proportional_to_the_context_nor_to_a_prompt_that_wa
     pool = CountingPool(4_100, 16, KEY)
     scheduler = Scheduler(pool, max_batch_tokens=65_536, max_running=8, max_queued=8, max_context=100_000)
     long = scheduler.add(request_for([1] * 60_000, 200))
-    scheduler.add(request_for([2] * 50_000, 200))
+    scheduler.add(request_for([1] * 30_000 + [2] * 30_000, 200))  # much of it is cached, and the rest does not fit
     schedules = []
     for step in range(101):
         schedules.append(scheduler.schedule(0.0))

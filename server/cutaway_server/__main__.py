@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cutaway_server.service.server import Server
     from cutaway_server.text.tokenizer import TextModel
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("cutaway_server")  # __name__ is __main__ here
 
 FAILED, MISTAKEN, SIGNALLED = 1, 2, 128  # exit codes: cut short; the caller's mistake; plus the signal's number
 
@@ -127,7 +127,7 @@ async def _serve_engine(server: Server, address: str, engine: Engine, facts: Eng
 async def _until_told(server: Server, dead: asyncio.Event) -> int:
     """Wait for a signal or the engine's death, and end the streams as is right for each; the exit code."""
     from cutaway_server.errors import Draining, EngineFailed
-    from cutaway_server.service.server import first_of
+    from cutaway_server.service.health import first_of
 
     told, again = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 
 from cutaway_server.errors import CutawayError, InvalidField
@@ -50,13 +50,8 @@ class SamplingOptions:
 
     def over(self, defaults: SamplingOptions) -> SamplingOptions:
         """These options, with `defaults` where they are unset."""
-        return SamplingOptions(
-            **{f.name: _first_set(getattr(self, f.name), getattr(defaults, f.name)) for f in fields(self)}
-        )
-
-
-def _first_set(value: object, default: object) -> object:
-    return default if value is None or value == () or value == {} else value
+        unset = {f.name for f in fields(self) if getattr(self, f.name) in (None, (), {})}
+        return replace(self, **{name: getattr(defaults, name) for name in unset})
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ const definition = loader.loadSync(path.join("cutaway", "v1", "inference.proto")
   includeDirs: [protos],
   longs: Number,
   oneofs: true,
+  defaults: true,
 });
 const { Inference } = grpc.loadPackageDefinition(definition).cutaway.v1;
 const client = new Inference(address, grpc.credentials.createInsecure());

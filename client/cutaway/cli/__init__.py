@@ -5,6 +5,8 @@ Nothing heavy is imported here: `cutaway --help` answers at once, gRPC and rich 
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from cutaway.channel import DEFAULT_ADDRESS
@@ -46,8 +48,11 @@ class Commands(click.Group):
     help="Where the server listens.",
 )
 @click.version_option(package_name="cutaway")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Talk to a Cutaway server."""
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
 
 
 for command in (generate, chat, tokenize, model):

@@ -44,12 +44,15 @@ class BatchBuilder:
             self.query_starts[b + 1] = row
         n = len(work)
         return Batch(
-            *(self._view(buffer[:row]) for buffer in (self.token_ids, self.positions, self.slots, self.store)),
-            self._view(self.query_starts[: n + 1]),
-            self._view(self.lengths[:n]),
-            self._view(self.block_table[:n, :widest]),
-            self._view(self.logit_rows[:wanted]),
-            self.page_size,
+            token_ids=self._view(self.token_ids[:row]),
+            positions=self._view(self.positions[:row]),
+            slots=self._view(self.slots[:row]),
+            store=self._view(self.store[:row]),
+            query_starts=self._view(self.query_starts[: n + 1]),
+            lengths=self._view(self.lengths[:n]),
+            block_table=self._view(self.block_table[:n, :widest]),
+            logit_rows=self._view(self.logit_rows[:wanted]),
+            page_size=self.page_size,
         )
 
     def _fill(self, b: int, row: int, item: Work) -> None:

@@ -241,7 +241,7 @@ def _wanted(work: Work) -> NDArray[np.int64]:
 def _to_host(sampled: SampledBatch) -> Iterator[tuple[int, bool, Logprobs | None]]:
     """Each row's token, whether it is valid, and its log-probabilities."""
     tokens, valid = sampled.tokens.tolist(), sampled.valid.tolist()
-    if sampled.logprobs is None:
+    if sampled.logprobs is None or sampled.top_tokens is None or sampled.top_logprobs is None:
         yield from ((token, ok, None) for token, ok in zip(tokens, valid, strict=True))
         return
     tops = zip(sampled.top_tokens.tolist(), sampled.top_logprobs.tolist(), strict=True)

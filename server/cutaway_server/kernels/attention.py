@@ -84,13 +84,13 @@ class _State:
 
 def _tile(config: ModelConfig, q: Tensor, plan: Plan) -> Tensor:
     """[T, heads, d] to [tiles, kv_heads, TILE * group, d]."""
-    tiles = q[plan.rows].unflatten(2, (config.n_kv_heads, config.group))
+    tiles = torch.unflatten(q[plan.rows], 2, (config.n_kv_heads, config.group))
     return tiles.transpose(1, 2).flatten(2, 3).contiguous()
 
 
 def _untile(config: ModelConfig, x: Tensor, plan: Plan) -> Tensor:
     """[tiles, kv_heads, TILE * group, d] to [T, heads, d]."""
-    rows = x.unflatten(2, (TILE, config.group)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    rows = torch.unflatten(x, 2, (TILE, config.group)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
     return rows[plan.places]
 
 
@@ -121,10 +121,10 @@ def _gather(pages: Tensor, part: _Part) -> Tensor:
 def _scores(config: ModelConfig, tiled: Tensor, keys: Tensor, part: _Part) -> Tensor:
     """Scores [n, kv_heads, TILE * group, SPLIT], hidden keys at -inf."""
     scores = _batched(tiled[part.tiles], keys.transpose(2, 3)) * config.scale
-    scores = soft_cap(scores, config.attention_softcap).unflatten(2, (TILE, config.group))
-    return scores.masked_fill_(part.hidden, -torch.inf).flatten(2, 3)
+    by_row = torch.unflatten(soft_cap(scores, config.attention_softcap), 2, (TILE, config.group))
+    return by_row.masked_fill_(part.hidden, -torch.inf).flatten(2, 3)
 
 
 def _batched(a: Tensor, b: Tensor) -> Tensor:
     """Batched matrix product over the first two axes."""
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).view(*a.shape[:3], b.shape[-1])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -87,8 +88,8 @@ class ReferenceKernels:
         config, w = self.config, self.weights.layers[layer]
         norm = None if w.norm1 is None else self.norm(residual, w.norm1)
         joined = linear(residual if norm is None else norm.out, w.qkv, w.qkv_bias).float()
-        heads = joined.unflatten(-1, (-1, config.d_head))
-        q, k, v = heads.split([config.n_heads, config.n_kv_heads, config.n_kv_heads], dim=1)
+        heads = torch.unflatten(joined, -1, (-1, config.d_head))
+        q, k, v = torch.split(heads, [config.n_heads, config.n_kv_heads, config.n_kv_heads], dim=1)
         rot_q, rot_k = self._qk_norm(q, w.q_norm), self._qk_norm(k, w.k_norm)
         if (rope := config.layers[layer].rope) is not None:
             cos, sin = plan.rotations[rope]

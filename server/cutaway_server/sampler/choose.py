@@ -63,8 +63,8 @@ def _short(below: Tensor, uniform: Tensor, rows: Tensor, batch: SamplingBatch) -
 
 def _long(below: Tensor, uniform: Tensor, rows: Tensor, batch: SamplingBatch) -> Tensor:
     at_once = max(1, (ON_CPU if below.device.type == "cpu" else ON_DEVICE) // max(below.shape[1], HISTOGRAM))
-    parts = zip(below.split(at_once), uniform.split(at_once), rows.split(at_once), strict=True)
-    return torch.cat([_long_part(*part, batch) for part in parts])
+    parts = [slice(start, start + at_once) for start in range(0, len(rows), at_once)]
+    return torch.cat([_long_part(below[part], uniform[part], rows[part], batch) for part in parts])
 
 
 def _long_part(below: Tensor, uniform: Tensor, rows: Tensor, batch: SamplingBatch) -> Tensor:

@@ -24,7 +24,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """One step. Its page copies come first, all reads before or in order with the writes; then its rows, decodes first.
+    """One step. Its page copies come first, all reads before or in order with the writes; then its rows, oldest first.
 
     `expired` and `exhausted` sequences are finished already and have given their blocks back: only their clients
     are to be told. A step that fails can't be repeated: finish the sequences it has work for.

@@ -6,7 +6,8 @@ overtakes. In each step
 
 1.  what is past its deadline ends;
 2.  each running sequence gets the blocks it will write, if need be by preempting the youngest;
-3.  the token budget goes to single rows (decodes) first, so that no prompt stalls them, then to chunks of prompts;
+3.  the token budget is given out, oldest first. That no prompt stalls a decode follows: nobody is admitted past a
+    prompt that the budget cuts into chunks, so all that decode are older than it;
 4.  what is left admits waiting sequences, with blocks for all their tokens at once, so that no prompt that has
     begun waits for blocks in its middle. None are admitted in a step that preempts.
 
@@ -119,7 +120,7 @@ class Scheduler:
         draft = Draft(self.max_batch_tokens)
         self._expire(now, draft)
         self._reserve(draft)
-        for sequence in sorted(self.running, key=lambda sequence: sequence.pending > 1):  # stable: oldest first
+        for sequence in self.running:
             draft.give_rows(sequence)
         if not draft.preempted:
             self._admit(draft)

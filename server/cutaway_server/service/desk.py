@@ -60,15 +60,18 @@ class Desk:
             Draining, EngineFailed, AlreadyExists, QueueFull, InvalidField: it is not taken.
         """
         reply = self._open(request, make)
+        name, sampling = request.request_id, request.sampling
+        log.info("request %s: %d prompt tokens, n=%d", name, len(request.prompt), sampling.n)
         try:
             yield reply
         finally:
+            log.info("request %s: %s", name, reply.state)
             self._streams.discard(reply)
             if not self._streams:
                 self._quiet.set()
-            if self._replies.get(request.request_id) is reply:  # the engine has not ended it
+            if self._replies.get(name) is reply:  # the engine has not ended it
                 reply.leave()
-                self._engine.abort(request.request_id)
+                self._engine.abort(name)
 
     def _open(self, request: Request, make: Callable[[Callable[[int], None]], Reply]) -> Reply:
         name = request.request_id

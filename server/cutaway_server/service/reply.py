@@ -89,6 +89,13 @@ class Reply:
         """
         return await self._outbox.take()
 
+    @property
+    def state(self) -> str:
+        """How far it has come, for the log."""
+        if self.failed:
+            return "failed"
+        return "finished" if self._outbox.closed else "given up by its client"
+
     def fail(self, error: Exception) -> None:
         """End with an error, after what waits."""
         self.failed = True

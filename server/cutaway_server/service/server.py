@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Coroutine
+import socket
 
 import grpc
 from cutaway.v1 import inference_pb2 as v1
 from cutaway.v1 import inference_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health  # type: ignore[attr-defined]  # the stubs lack it
 from grpc_reflection.v1alpha import reflection
 
 from cutaway_server.config import Config
 from cutaway_server.engine.build import EngineFacts
 from cutaway_server.errors import Draining, EngineFailed
 from cutaway_server.service.desk import Backend, Desk
+from cutaway_server.service.health import Health, first_of
 from cutaway_server.service.inference import Inference, Served
 from cutaway_server.service.workers import Workers
 from cutaway_server.text.tokenizer import TextModel
@@ -41,7 +40,7 @@ class Server:
         self._workers = Workers(config.tokenizer_threads, config.max_queued)
         self.desk = Desk(asyncio.get_running_loop())
         self._inference = Inference(self.desk, self._workers, config)
-        self._health = health.HealthServicer()
+        self._health = Health(("", INFERENCE))
         self._grpc = grpc.aio.server(options=_options(config))
         inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
@@ -54,24 +53,26 @@ class Server:
         Raises:
             ListenError: the address is taken or not ours.
         """
-        host, _, _ = self._config.listen.rpartition(":")
+        host, _, port = self._config.listen.rpartition(":")
         try:
-            port = self._grpc.add_insecure_port(self._config.listen)
-        except RuntimeError as error:
-            raise ListenError(f"--listen: {self._config.listen!r} cannot be listened on: {error}") from None
-        await self._tell_health(serving=False)
+            _try(host, int(port))
+            bound = self._grpc.add_insecure_port(self._config.listen)
+        except (OSError, RuntimeError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise ListenError(f"--listen: {self._config.listen!r} cannot be listened on: {why}") from None
+        await self._health.tell(serving=False)
         await self._grpc.start()
-        return f"{host}:{port}"
+        return f"{host}:{bound}"
 
     async def serve(self, backend: Backend, facts: EngineFacts, text: TextModel) -> None:
         """Take requests from now on."""
         self.desk.connect(backend)
         self._inference.served = Served(self._config.name, facts, text)
-        await self._tell_health(serving=True)
+        await self._health.tell(serving=True)
 
     async def drain(self, *cuts: asyncio.Event) -> None:
         """Take no more requests; let those that run finish, until the drain timeout or one of `cuts`."""
-        await self._tell_health(serving=False)
+        await self._health.tell(serving=False)
         self.desk.refuse(Draining("the server is going down"))
         await first_of(self.desk.quiet(), *(cut.wait() for cut in cuts), timeout=self._config.drain_timeout)
 
@@ -79,19 +80,25 @@ class Server:
         """End what still runs, and whatever comes, with `error`."""
         self.desk.refuse(error)
         self.desk.end_all(error)
-        await self._tell_health(serving=False)
+        await self._health.tell(serving=False)
 
     async def stop(self) -> None:
-        """Close: streams that are over get a moment to say so."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.desk.quiet(), FAREWELL_SECONDS)
-        await self._grpc.stop(None)
+        """Close: calls that are over get a moment to say so."""
+        self._health.end_watches()
+        await self._grpc.stop(FAREWELL_SECONDS)
         self._workers.stop()
 
-    async def _tell_health(self, *, serving: bool) -> None:
-        state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", INFERENCE):
-            await self._health.set(name, state)
+
+def _try(host: str, port: int) -> None:
+    """Bind the address for a moment: gRPC does not tell why it cannot.
+
+    Raises:
+        OSError: it cannot be bound.
+    """
+    family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that linger are no hindrance
+        probe.bind(address)
 
 
 def _options(config: Config) -> list[tuple[str, int]]:
@@ -102,13 +109,3 @@ def _options(config: Config) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ]
-
-
-async def first_of(*waits: Coroutine[object, object, object], timeout: float | None = None) -> None:
-    """Wait until one of `waits` is over, at most `timeout` seconds."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
-    try:
-        await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()

@@ -88,6 +88,8 @@ def answering(
             status = status_of(error)
             if status.code is grpc.StatusCode.INTERNAL:
                 log.exception("%s failed", handler.__name__)
+            else:
+                log.info("%s: %s: %s", handler.__name__, status.code.name, status.message)
             context: Context = args[-1]  # type: ignore[assignment]  # ParamSpec does not know its last
             return await context.abort(status.code, status.message, status.trailing)
 

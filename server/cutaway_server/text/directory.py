@@ -1,4 +1,7 @@
-"""A tokenizer from a Hugging Face directory: tokenizer.json, tokenizer_config.json and chat_template.jinja."""
+"""A tokenizer from a Hugging Face directory: tokenizer.json, tokenizer_config.json and chat_template.jinja.
+
+What is added around a text (BOS, EOS) is tokenizer.json's to say; transformers, too, ignores `add_bos_token` beside it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from cutaway_server.errors import ModelError
 from cutaway_server.text.merges import MergeTable
-from cutaway_server.text.source import TextSource, surround
+from cutaway_server.text.source import TextSource
 
 Json = Mapping[str, object]
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -40,7 +43,6 @@ def source_from_directory(path: Path) -> TextSource:
     config = _parsed(config_file, _read(config_file)) if config_file.is_file() else {}
     named = _named_tokens(config_file, config, tokenizer)
     _add_tokens(config_file, config, tokenizer, named)
-    _surround(config_file, config, tokenizer, named)
     return TextSource(tokenizer, _merge_table(description), named, _chat_template(path, config))
 
 
@@ -105,18 +107,6 @@ def _add_tokens(file: Path, config: Json, tokenizer: Tokenizer, named: Mapping[s
     tokenizer.add_tokens(
         [AddedToken(token, normalized=False, special=True) for token in named.values() if token not in special]
     )
-
-
-def _surround(file: Path, config: Json, tokenizer: Tokenizer, named: Mapping[str, str]) -> None:
-    """Follow add_bos_token and add_eos_token where they are said; else tokenizer.json's own rule stands."""
-    flags = {name: config[name] for name in ("add_bos_token", "add_eos_token") if config.get(name) is not None}
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise ModelError(f"{file}: {name}: {value!r:.80} should be true or false")
-    if flags:
-        first = named.get("bos_token") if flags.get("add_bos_token") else None
-        last = named.get("eos_token") if flags.get("add_eos_token") else None
-        surround(tokenizer, first, last)
 
 
 def _merge_table(description: Json) -> MergeTable | None:

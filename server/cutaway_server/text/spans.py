@@ -38,6 +38,7 @@ def _tiles(sizes: Sequence[int], start: int) -> list[Span]:
 def _of_characters(text: str, sizes: Sequence[int], characters: Sequence[Span], added: Sequence[bool]) -> list[Span]:
     byte_at = list(accumulate((len(character.encode()) for character in text), initial=0))
     spans: list[Span] = []
+    characters = _reaching_on(text, characters)
     for (first, last), group in groupby(range(len(sizes)), key=lambda i: characters[i]):
         tokens = list(group)
         start, end = byte_at[first], byte_at[last]
@@ -47,6 +48,19 @@ def _of_characters(text: str, sizes: Sequence[int], characters: Sequence[Span], 
         else:
             spans += [(start, end)] * len(tokens)
     return _with_empty_added(spans, added)
+
+
+def _reaching_on(text: str, characters: Sequence[Span]) -> list[Span]:
+    """Let tokens cover what composing took away behind them (an accent that became one with its letter)."""
+    reached: list[Span] = []
+    current, following = (len(text), len(text)), len(text)
+    for span in reversed(characters):
+        if span != current:
+            current, following = span, current[0]
+        start, end = span
+        extends = start < end < following and not text[end:following].isspace()
+        reached.append((start, following) if extends else span)
+    return reached[::-1]
 
 
 def _with_empty_added(spans: list[Span], added: Sequence[bool]) -> list[Span]:

@@ -21,7 +21,7 @@ from cutaway_server.text.template import ChatTemplate
 
 __all__ = ["ChatMessage", "Encoded", "Merge", "TextModel", "WordMerges"]
 
-MAX_RETRACED_CHARACTERS = 100_000
+MAX_RETRACED_SYMBOLS = 100_000
 
 
 class TextModel:
@@ -137,9 +137,6 @@ class TextModel:
             InvalidField: the text is not Unicode or very long.
             Unsupported: the tokenizer is not byte-pair encoding.
         """
-        if len(text) > MAX_RETRACED_CHARACTERS:
-            rule = f"merge steps are told for at most {MAX_RETRACED_CHARACTERS} characters"
-            raise InvalidField("text", f"{len(text)} characters", rule)
         encoded = self.encode(text, add_special_tokens=False, parse_special_tokens=parse_special_tokens)
         return self.merges_of(encoded)
 
@@ -147,10 +144,15 @@ class TextModel:
         """The merge steps that made `encoded`, word by word; added tokens are no words.
 
         Raises:
+            InvalidField: there are very many.
             Unsupported: the tokenizer is not byte-pair encoding.
         """
         if self._merges is None:
             raise Unsupported("this model's tokenizer is not byte-pair encoding, so it has no merges")
+        length = sum(map(len, encoded.pieces))
+        if length > MAX_RETRACED_SYMBOLS:
+            rule = f"merge steps are told for at most {MAX_RETRACED_SYMBOLS} symbols"
+            raise InvalidField("merges", f"{length} symbols", rule)
         tokens = [(word, token) for word, token in zip(encoded.words, encoded.ids, strict=True) if word is not None]
         return tuple(
             self._word_merges([token for _, token in group]) for _, group in groupby(tokens, key=lambda pair: pair[0])
