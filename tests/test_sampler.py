@@ -245,6 +245,15 @@ def test_ties_at_the_edge_go_to_the_lowest_ids(by_candidates: bool) -> None:
         assert ours.nonzero()[:, 1].tolist() == list(range(kept))
 
 
+@pytest.mark.parametrize(
+    ("asked", "kept"), [({"top_k": 10}, 10), ({"top_k": 300}, 300), ({"top_p": 0.5}, 350), ({"typical_p": 0.1}, 70)]
+)
+def test_what_a_filter_takes_out_is_never_drawn(asked: dict[str, Any], kept: int) -> None:
+    tokens = draw(torch.zeros(300, VOCAB), *[params(**asked)] * 300).tokens
+    assert tokens.max() < kept
+    assert tokens.max() >= 0.9 * kept - 1
+
+
 @pytest.mark.parametrize("name", ["top_k", "top_p", "min_p", "typical_p"])
 def test_a_filter_that_keeps_all_keeps_even_what_is_hardly_possible(name: str) -> None:
     values = torch.linspace(0.0, -80.0, VOCAB)[None]
@@ -432,6 +441,7 @@ def test_extreme_logits_draw_a_possible_token(asked: dict[str, Any], temperature
     only = torch.full((1, VOCAB), -torch.inf)
     only[0, 123] = -5.0
     huge = logits(1) * 1e30
+    huge[0, 2] = 1e30  # a token of the prompt, which a penalty may divide by nearly nothing
     widest = torch.full((1, VOCAB), -3.4e38)
     widest[0, 123] = 3.4e38
     values = torch.cat([only, huge, widest, torch.zeros(1, VOCAB)])

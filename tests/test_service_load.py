@@ -6,7 +6,9 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +22,20 @@ N_TOKENS = 48
 N_THREADS, N_PROCESSES, STREAMS_EACH = 48, 4, 4
 FATES = ("finish", "cancel", "deadline", "abort", "vanish")
 EXPECTED = {"cancel": grpc.StatusCode.CANCELLED, "deadline": grpc.StatusCode.DEADLINE_EXCEEDED}
-# A client program that streams until it is killed; it says so once each of its streams has begun.
+# A client program that streams, again and again, until it is killed; it says so once a stream has begun.
 CLIENT = f"""
 import sys, threading, grpc
 from cutaway.v1 import inference_pb2 as v1
 from cutaway.v1.inference_pb2_grpc import InferenceStub
 begun = threading.Semaphore(0)
-asked = v1.GenerateRequest(token_ids=v1.TokenIds(ids=range(40, 100)), sampling=v1.SamplingParams(n=2, ignore_eos=True))
+asked = v1.GenerateRequest(token_ids=v1.TokenIds(ids=range(40, 100)), sampling=v1.SamplingParams(n=2))
 def stream(client):
-    for count, _ in enumerate(client.Generate(asked)):
-        if count == 1: begun.release()
+    while True:
+        for _ in client.Generate(asked): begun.release()
 client = InferenceStub(grpc.insecure_channel(sys.argv[1]))
 threads = [threading.Thread(target=stream, args=(client,), daemon=True) for _ in range({STREAMS_EACH})]
 for thread in threads: thread.start()
-for thread in threads: begun.acquire()
+begun.acquire()
 print("streaming", flush=True)
 for thread in threads: thread.join()
 """
@@ -80,6 +82,22 @@ def one_client(live: LiveServer, fate: str, chance: random.Random, expected: lis
     return len(tokens)
 
 
+@contextmanager
+def doomed_clients(live: LiveServer) -> Iterator[list[subprocess.Popen[str]]]:
+    """Client programs at work."""
+    command = [sys.executable, "-c", CLIENT, live.address]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(N_PROCESSES)]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "streaming\n"
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
 def _abort(client: Any, name: str) -> None:
     try:
         client.Abort(v1.AbortRequest(request_id=name))
@@ -93,12 +111,7 @@ def test_64_streams_with_cancels_deadlines_and_killed_clients_leak_nothing(tmp_p
     expected = [(prompt, greedy(model, prompt)) for prompt in prompts()]
     # A pool of some 80 pages and 32 running: streams queue, and are preempted.
     with serving(tmp_path / "tiny", max_running=32, kv_cache_memory=2**20, pace=0.002) as live:
-        command = [sys.executable, "-c", CLIENT, live.address]
-        doomed = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(N_PROCESSES)]
-        for process in doomed:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "streaming\n"
-        with ThreadPoolExecutor(N_THREADS) as threads:
+        with doomed_clients(live) as doomed, ThreadPoolExecutor(N_THREADS) as threads:
             clients = [
                 threads.submit(one_client, live, FATES[seed % len(FATES)], random.Random(seed), expected)
                 for seed in range(N_THREADS)
@@ -108,7 +121,6 @@ def test_64_streams_with_cancels_deadlines_and_killed_clients_leak_nothing(tmp_p
                 time.sleep(0.2)
                 assert process.poll() is None, "it is still streaming"
                 process.kill()
-                process.communicate()
             n_tokens = [client.result(120) for client in clients]
         assert sum(0 < n < N_TOKENS for n in n_tokens) > 10, "many were ended in their middle"
         assert eventually(live.is_clean, seconds=5), live.server.desk.names

@@ -41,8 +41,8 @@ LLAMA2 = (
     "{% endif %}{% endfor %}"
 )
 PHI3 = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|strip|>\n' }}{% endfor %}"
-    "{{ '<|assistant|>\n' if add_generation_prompt else '' }}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|strip|>\n' }}"
+    "{% endfor %}{{ '<|assistant|>\n' if add_generation_prompt else '' }}"
 )
 BARE = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
 TEMPLATES = {"chatml": CHATML, "llama-3": LLAMA3, "llama-2": LLAMA2, "phi-3": PHI3, "bare": BARE}
@@ -141,8 +141,8 @@ def test_special_tokens_in_messages_are_text(forgery: str, ours: TextModel, thei
         raw = text.encode()
         spans = zip(encoded.byte_starts, encoded.byte_ends, strict=True)
         covered = b"".join(raw[start:end] for start, end in spans)
-        assert covered.replace(b" ", b"").replace(b"\n", b"") == raw.replace(b" ", b"").replace(b"\n", b"")
-        assert b"".join(map(ours.token_bytes, encoded.ids)).split() == raw.split()
+        said = b"".join(map(ours.token_bytes, encoded.ids))
+        assert b"".join(covered.split()) == b"".join(said.split()) == b"".join(raw.split())
 
 
 def specials(model: TextModel, ids: tuple[int, ...]) -> list[int]:
@@ -180,7 +180,7 @@ def test_a_message_does_not_complete_what_the_template_begins(tmp_path: Path) ->
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(
+    parts=st.lists(
         st.lists(st.sampled_from([*SPECIAL, "<|", "im_", "end", "|>", "<", "/s>", " ", "\n", "é", "x"]), max_size=8),
         min_size=1,
         max_size=3,
@@ -294,7 +294,7 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}BODY{% endfor %}{%
     [
         (LOOP.replace("BODY", ""), "takes more than 0.5 s"),
         (LOOP.replace("BODY", "{% set x = i * j %}"), "takes more than 0.5 s"),
-        ("{{ (10 ** 10 ** 8) is odd }}", "takes more than 0.5 s"),
+        ("{{ (10 ** (10 ** 8)) is odd }}", "takes more than 0.5 s"),
         ("{% set n = namespace(x=[1]) %}" + LOOP.replace("BODY", "{% set n.x = [n.x] %}") + "{{ n.x }}", "takes "),
         ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "takes |RecursionError"),
         (LOOP.replace("BODY", "xxxxxxxxxx"), "makes more than 1000000 characters"),

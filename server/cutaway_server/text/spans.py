@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate
 
 Span = tuple[int, int]
 
@@ -11,8 +11,8 @@ Span = tuple[int, int]
 def byte_spans(text: str, contents: Sequence[bytes], characters: Sequence[Span], added: Sequence[bool]) -> list[Span]:
     """Find each token's bytes in the UTF-8 of `text`.
 
-    Where the tokens' own bytes make up the text, each lies where its bytes lie. Where they do not (the tokenizer
-    normalises, or drops spaces), a token covers the characters that it was made from.
+    A token covers the bytes that it stands for, less the space that SentencePiece puts before a first word. Where the
+    text has other bytes (the tokenizer normalises, or drops spaces), it covers the characters that it was made from.
 
     Args:
         text: the text.
@@ -20,38 +20,36 @@ def byte_spans(text: str, contents: Sequence[bytes], characters: Sequence[Span],
         characters: the characters each token was made from, as the tokenizers library tells.
         added: tokens that stand for nothing in the text; their span is empty.
     """
-    sizes = [0 if extra else len(content) for content, extra in zip(contents, added, strict=True)]
-    joined = b"".join(content for content, extra in zip(contents, added, strict=True) if not extra)
     encoded = text.encode()
-    if joined == encoded:
-        return _tiles(sizes, 0)
-    if joined == b" " + encoded:  # the space that SentencePiece puts before the first word
-        return [(max(start - 1, 0), max(end - 1, 0)) for start, end in _tiles(sizes, 0)]
-    return _of_characters(text, sizes, characters, added)
-
-
-def _tiles(sizes: Sequence[int], start: int) -> list[Span]:
-    ends = list(accumulate(sizes, initial=start))
-    return list(pairwise(ends))
-
-
-def _of_characters(text: str, sizes: Sequence[int], characters: Sequence[Span], added: Sequence[bool]) -> list[Span]:
-    byte_at = list(accumulate((len(character.encode()) for character in text), initial=0))
+    made_from: list[Span] | None = None
     spans: list[Span] = []
-    characters = _reaching_on(text, characters)
-    for (first, last), group in groupby(range(len(sizes)), key=lambda i: characters[i]):
-        tokens = list(group)
-        start, end = byte_at[first], byte_at[last]
-        inside = [sizes[i] for i in tokens]
-        if len(tokens) > 1 and sum(inside) == end - start:  # the bytes of one character
-            spans += _tiles(inside, start)
+    place = 0
+    for number, (content, extra) in enumerate(zip(contents, added, strict=True)):
+        if extra:
+            span = (place, place)
+        elif encoded.startswith(content, place):
+            span = (place, place + len(content))
+        elif content.startswith(b" ") and _continues(encoded, content[1:], place):
+            span = (place, place + len(content) - 1)
         else:
-            spans += [(start, end)] * len(tokens)
-    return _with_empty_added(spans, added)
+            made_from = _byte_places(text, characters) if made_from is None else made_from
+            span = made_from[number]
+        spans.append(span)
+        place = max(place, span[1])
+    return spans
 
 
-def _reaching_on(text: str, characters: Sequence[Span]) -> list[Span]:
-    """Let tokens cover what composing took away behind them (an accent that became one with its letter)."""
+def _continues(encoded: bytes, content: bytes, place: int) -> bool:
+    """Whether `content` is next; a "▁" of the text's own is what SentencePiece reads as a space."""
+    return encoded.startswith(content, place) and not encoded.startswith("▁".encode(), place)
+
+
+def _byte_places(text: str, characters: Sequence[Span]) -> list[Span]:
+    """The bytes of the characters each token was made from, and of what composing took away behind them.
+
+    (An accent that became one with its letter belongs to the letter's tokens.)
+    """
+    byte_at = list(accumulate((len(character.encode()) for character in text), initial=0))
     reached: list[Span] = []
     current, following = (len(text), len(text)), len(text)
     for span in reversed(characters):
@@ -59,14 +57,5 @@ def _reaching_on(text: str, characters: Sequence[Span]) -> list[Span]:
             current, following = span, current[0]
         start, end = span
         extends = start < end < following and not text[end:following].isspace()
-        reached.append((start, following) if extends else span)
+        reached.append((byte_at[start], byte_at[following if extends else end]))
     return reached[::-1]
-
-
-def _with_empty_added(spans: list[Span], added: Sequence[bool]) -> list[Span]:
-    place = 0
-    for i, extra in enumerate(added):
-        if extra:
-            spans[i] = (place, place)
-        place = max(place, spans[i][1])
-    return spans

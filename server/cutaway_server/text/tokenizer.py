@@ -104,10 +104,9 @@ class TextModel:
         encoding = self._literal.encode(layout.text, add_special_tokens=False)
         self._check_spelled_out(encoding)
         tokens = layout.restored(encoding.ids)
-        pieces = [self._reading.id_to_token(token) or "" for token in tokens]
         characters = [(layout.origin[start], layout.origin[end]) for start, end in encoding.offsets]
         words = list(encoding.word_ids)
-        return layout.rendered, self._with_spans(layout.rendered, tokens, pieces, characters, words)
+        return layout.rendered, self._with_spans(layout.rendered, tokens, characters, words)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Turn token ids into text. Bytes that are not UTF-8 become U+FFFD; ids without a token stand for nothing."""
@@ -175,16 +174,16 @@ class TextModel:
         words = [
             None if extra else word for word, extra in zip(encoding.word_ids, encoding.special_tokens_mask, strict=True)
         ]
-        return self._with_spans(text, encoding.ids, encoding.tokens, encoding.offsets, words)
+        return self._with_spans(text, encoding.ids, encoding.offsets, words)
 
     def _with_spans(
         self,
         text: str,
         ids: Sequence[int],
-        pieces: Sequence[str],
         characters: Sequence[tuple[int, int]],
         words: Sequence[int | None],
     ) -> Encoded:
+        pieces = [self.piece(token) or "" for token in ids]
         contents = [self.token_bytes(token) for token in ids]
         spans = byte_spans(text, contents, characters, [word is None for word in words])
         starts, ends = (tuple(span[side] for span in spans) for side in (0, 1))
