@@ -79,12 +79,9 @@ def load(config: Config) -> tuple[Engine, EngineFacts, TextModel]:
         ModelError: it cannot be found, read, or fitted.
     """
     from cutaway_server.engine.build import build_engine
-    from cutaway_server.model.gguf_file import open_gguf
-    from cutaway_server.model.huggingface import open_directory
-    from cutaway_server.model.sources import resolve
+    from cutaway_server.model.open import open_model
 
-    path = resolve(config.model)
-    checkpoint = open_directory(path) if path.is_dir() else open_gguf(path)
+    checkpoint = open_model(config.model)
     with _progress(config.name) as progress:
         engine, facts = build_engine(config, checkpoint, progress)
     return engine, facts, checkpoint.text

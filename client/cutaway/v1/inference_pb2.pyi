@@ -506,7 +506,9 @@ class Delta(_message.Message):
     index: _builtins.int
     """Which of the n completions."""
     text: _builtins.str
-    """Text that can now be shown: the tokens' texts joined."""
+    """Text that can now be shown: the tokens' texts joined. Without tokens, it is text that an aborted completion had
+    held back, and belongs to its last token.
+    """
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
         """The tokens, oldest first."""
