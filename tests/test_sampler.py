@@ -15,7 +15,7 @@ import transformers
 from cutaway_server.request import SamplingParams
 from cutaway_server.sampler import SampledBatch, SamplerState, build_batch, choose, log_probabilities, sample, uniforms
 from cutaway_server.sampler.adjust import adjust
-from cutaway_server.sampler.draw import distances
+from cutaway_server.sampler.draw import distances, invert
 from cutaway_server.sampler.filters import Filters, keep, keep_k
 from cutaway_server.sampler.order import least, nearest
 from cutaway_server.sampler.philox import philox
@@ -308,6 +308,13 @@ def test_draws_invert_the_cdf_of_transformers_scores(asked: dict[str, Any]) -> N
         expected = order[np.searchsorted(running, numbers[row], side="right")]
         agreed += int(expected == tokens[row])
     assert agreed >= 63  # a set that differs at its edge by rounding moves the draws of one row
+
+
+def test_inverting_never_lands_on_a_weight_of_zero() -> None:
+    weights = torch.tensor([[0.0, 1e-30, 0.0, 3e-30, 0.0, 0.0]]).expand(4, -1)
+    place, into = invert(weights, torch.tensor([0.0, 0.2499, 0.26, 1.0], dtype=torch.float64))  # 1: rounding got there
+    assert place.tolist() == [1, 1, 3, 3]
+    torch.testing.assert_close(into.float(), torch.tensor([0.0, 0.9996, 0.04 / 3, 1.0]), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 255, 256, 257, 5000])
