@@ -177,6 +177,14 @@ def test_the_space_that_sentencepiece_adds_is_not_counted(tmp_path: Path) -> Non
     assert "<0x91>" in encoded.pieces
 
 
+def test_a_space_of_sentencepieces_own_spelling_is_covered_whole(tmp_path: Path) -> None:
+    model = TextModel.from_directory(saved(llama2_like(), tmp_path))
+    text = "a▁7 ▁▁é"
+    encoded = model.encode(text, add_special_tokens=False)
+    joined = b"".join(text.encode()[a:b] for a, b in zip(encoded.byte_starts, encoded.byte_ends, strict=True))
+    assert joined == text.encode()
+
+
 def test_normalised_characters_are_covered_whole(tmp_path: Path) -> None:
     model = TextModel.from_directory(saved(byte_level(normalizer=normalizers.NFC()), tmp_path))
     for text, end in (("7e\u03017", 4), ("7e\u0301", 4), ("7\u1112\u1161\u11ab7", 10)):

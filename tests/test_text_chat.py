@@ -169,6 +169,14 @@ def test_messages_do_not_join_to_a_special_token(contents: list[str], tmp_path: 
         assert model.decode(encoded.ids) == text
 
 
+def test_a_special_token_that_hides_behind_another_is_text_too(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in ("<|a|>", "a|>b", ">bc")])
+    model = TextModel.from_directory(saved(tokenizer, tmp_path, chat_template=BARE))
+    text, encoded = model.encode_chat(conversation("<|a|>bc"))
+    assert (text, specials(model, encoded.ids)) == ("<|bos|><|a|>bc", [model.bos_token_id])
+
+
 def test_a_message_does_not_complete_what_the_template_begins(tmp_path: Path) -> None:
     template = "{% for m in messages %}<|im_{{ m.content }}|im_end|>{% endfor %}"
     model = TextModel.from_directory(saved(with_turns(byte_level()), tmp_path, chat_template=template))

@@ -255,3 +255,20 @@ def test_user_defined_tokens_are_found_in_any_text_and_control_tokens_are_not() 
     assert model.encode("<think><|end|>").pieces == ("<think>", "<", "|", "e", "n", "d", "|", ">")
     assert model.special_token_ids == {259}
     assert model.decode([259, 256], skip_special_tokens=True) == "th"
+
+
+def test_scores_never_merge_text_into_a_special_token() -> None:
+    tokens = ["<unk>", "<s>", "<turn>", *(f"<0x{byte:02X}>" for byte in range(256)), "<", "t", "<t", "urn>", "▁"]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * 5]
+    model = TextModel.from_gguf(
+        {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": [*tokens, "u", "r", "n", ">", "ur", "urn"],
+            "tokenizer.ggml.token_type": [*kinds, *[1] * 6],
+            "tokenizer.ggml.scores": [0.0] * (len(tokens) + 6),
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.add_space_prefix": False,
+        }
+    )
+    assert model.encode("<turn>").pieces == ("<s>", "<t", "urn>")
+    assert model.encode("<turn>", parse_special_tokens=True).pieces == ("<s>", "<turn>")

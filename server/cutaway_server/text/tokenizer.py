@@ -76,8 +76,8 @@ class TextModel:
         """
         check_unicode("text", text)
         if parse_special_tokens:
-            return self._encoded(text, self._reading.encode(text, add_special_tokens=add_special_tokens))
-        encoding = self._literal.encode(text, add_special_tokens=add_special_tokens)
+            return self._encoded(text, _tokens(self._reading, text, add_special_tokens=add_special_tokens))
+        encoding = _tokens(self._literal, text, add_special_tokens=add_special_tokens)
         self._check_spelled_out(encoding)
         return self._encoded(text, encoding)
 
@@ -98,10 +98,10 @@ class TextModel:
         shielded = self._chat.shielded(messages)
         rendered = self._template.render(shielded, add_generation_prompt=add_generation_prompt)
         if shielded == list(messages):
-            encoding = self._reading.encode(rendered, add_special_tokens=False)
+            encoding = _tokens(self._reading, rendered, add_special_tokens=False)
             return rendered, self._encoded(rendered, encoding)
         layout = self._chat.layout(rendered)
-        encoding = self._literal.encode(layout.text, add_special_tokens=False)
+        encoding = _tokens(self._literal, layout.text, add_special_tokens=False)
         self._check_spelled_out(encoding)
         tokens = layout.restored(encoding.ids)
         characters = [(layout.origin[start], layout.origin[end]) for start, end in encoding.offsets]
@@ -233,3 +233,8 @@ def literal_twin(tokenizer: Tokenizer) -> Tokenizer:
         raise ModelError("the tokenizer's added tokens leave gaps between their ids")
     twin.encode_special_tokens = True
     return twin
+
+
+def _tokens(backend: Tokenizer, text: str, *, add_special_tokens: bool) -> Encoding:
+    """One text's tokens. `encode` would keep the interpreter's lock for as long as it takes; a batch of one does not."""
+    return backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
