@@ -12,6 +12,7 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from cutaway import replies, requests
 from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options
+from cutaway.interrupt import cancelling
 from cutaway.options import GenerateOptions, TokenizeOptions
 from cutaway.results import Answer, Detokenized, Health, Model, Token, Tokenized
 from cutaway.status import error_of
@@ -64,7 +65,9 @@ class Stream(Transcript):
 
     def _receive(self) -> None:
         try:
-            self._take(next(self._messages))
+            with cancelling(self._cancel):
+                message = next(self._messages)
+            self._take(message)
         except StopIteration:
             if self.completions is None:
                 raise self._ended_early() from None
