@@ -37,7 +37,7 @@ check: install  ## format, lint, types, arrows between rooms, wire
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	cd protos && ../$(BIN)/buf lint && ../$(BIN)/buf format --diff --exit-code
+	cd protos && ../$(BIN)/buf lint && ../$(BIN)/buf format --diff --exit-code && ../$(BIN)/buf breaking --against released.binpb
 	$(BIN)/python protos/generate.py --check
 
 bench: install  ## measure this machine

@@ -236,5 +236,5 @@ def literal_twin(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _tokens(backend: Tokenizer, text: str, *, add_special_tokens: bool) -> Encoding:
-    """One text's tokens. `encode` would keep the interpreter's lock for as long as it takes; a batch of one does not."""
+    """One text's tokens. `encode` would hold the interpreter's lock all the while; a batch of one does not."""
     return backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
