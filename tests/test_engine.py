@@ -9,10 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cutaway_server.architecture import LayerConfig, Rope, RopeScaling
+from cutaway_server.engine.build import longest_context
 from cutaway_server.engine.memory import available_bytes, count_pages
+from cutaway_server.engine.scoring import score
 from cutaway_server.engine.thread import EngineThread
 from cutaway_server.errors import AlreadyExists, DeadlineExceeded, EngineFailed, InvalidField, ModelError, QueueFull
 from cutaway_server.request import FinishReason, RequestEnded, RequestFailed, Sampled
+from cutaway_server.sampler import SamplerState
 from engines import ABORTED, alone, ask, make_engine, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -215,6 +219,54 @@ def test_a_request_whose_numbers_are_not_finite_fails_alone_and_its_pages_do_no_
             assert answers[request.request_id].said == alone(request).said
 
 
+def test_one_request_that_breaks_our_code_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(SamplerState):
+        def banned(self):
+            raise RuntimeError("a bug of ours")
+
+    def breaks(model, sequence, *rest):
+        if sequence.request.request_id == "scored":
+            raise RuntimeError("another")
+        return score(model, sequence, *rest)
+
+    monkeypatch.setattr("cutaway_server.engine.engine.score", breaks)
+    engine = make_engine()
+    good = [ask("a", prompt(30, 1)), ask("b", prompt(9, 2), temperature=1.0), ask("c", prompt(9, 3), prompt_logprobs=1)]
+    bad = [ask("scored", prompt(20, 4), prompt_logprobs=1), ask("banned", prompt(20, 5), bad_words=((3,),))]
+
+    def between(now: int, answers: dict) -> None:
+        if now == 0:
+            live = engine.live["banned"]
+            live.prompt = replace(live.prompt, sampler=Broken(live.request.sampling, live.request.prompt, 61))
+
+    answers = run(engine, good[0], bad[0], good[1], bad[1], good[2], between=between)
+    for request in bad:
+        assert isinstance(answers[request.request_id].error, EngineFailed)
+        assert "bug" not in str(answers[request.request_id].error)
+    for request in good:
+        assert answers[request.request_id].said == alone(request).said
+
+
+def test_a_prompt_whose_numbers_are_not_finite_is_not_scored() -> None:
+    weights = random_weights(PLAIN)
+    weights.embed[60] = torch.nan
+    answers = run(make_engine(weights=weights), ask("a", (*prompt(20), 60, 5), prompt_logprobs=1, max_tokens=0))
+    assert isinstance(answers["a"].error, EngineFailed)
+
+
+def test_a_short_question_does_not_wait_for_a_long_prompt() -> None:
+    engine, first = make_engine(max_batch_tokens=32), {}
+
+    def between(now: int, answers: dict) -> None:
+        for name, answer in answers.items():
+            if answer.tokens:
+                first.setdefault(name, now)
+
+    run(engine, ask("long", prompt(320)), ask("short", prompt(7)), between=between)
+    assert first["short"] <= 3
+    assert 10 <= first["long"] <= 12
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_whatever_happens_each_answer_is_the_one_it_would_be_alone(data: st.DataObject) -> None:
@@ -326,16 +378,43 @@ def test_an_engine_that_dies_says_so_and_takes_nothing_more(caplog: pytest.LogCa
 
 
 def test_the_pool_is_sized_from_memory_and_containers_limits(tmp_path) -> None:
-    whole = available_bytes(torch.device("cpu"), tmp_path)
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("900000\n")
-    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 50000\n")
-    assert available_bytes(torch.device("cpu"), tmp_path) == 150_000 < whole
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_bytes(torch.device("cpu"), tmp_path) > 150_000
+    own, slice_ = tmp_path / "own", tmp_path / "system.slice"
+    own.write_text("0::/system.slice/cutaway.service\n")
+    (slice_ / "cutaway.service").mkdir(parents=True)
+
+    def limit(group, most: str) -> None:
+        (group / "memory.max").write_text(most)
+        (group / "memory.current").write_text("900000\n")
+        (group / "memory.stat").write_text("anon 5\ninactive_file 50000\n")
+
+    def available() -> int:
+        return available_bytes(torch.device("cpu"), tmp_path, own)
+
+    whole = available()
+    limit(slice_ / "cutaway.service", "1000000\n")
+    assert available() == 150_000 < whole
+    limit(slice_ / "cutaway.service", "max\n")
+    assert available() > 150_000
+    limit(slice_, "950000\n")  # a limit above it holds as well
+    assert available() == 100_000
+    limit(slice_, "max\n")
+    limit(tmp_path, "930000\n")  # where a container sees its own
+    assert available() == 80_000
+    (tmp_path / "memory.max").unlink()
+    (tmp_path / "memory" / "job").mkdir(parents=True)
+    own.write_text("5:cpu,memory:/job\n")  # version 1
+    (tmp_path / "memory" / "job" / "memory.limit_in_bytes").write_text("70000")
+    (tmp_path / "memory" / "job" / "memory.usage_in_bytes").write_text("50000")
+    assert available() == 20_000
     sizes = {"page_bytes": 1000, "page_size": 16, "max_context": 160, "max_running": 4, "kv_cache_memory": None}
     assert count_pages(available=100_000, utilization=0.3, **sizes) == 30
     assert count_pages(available=10_000_000, utilization=0.3, **sizes) == 41, "more than can ever be used"
     assert count_pages(available=0, utilization=0.3, **{**sizes, "kv_cache_memory": 20_000}) == 20
     with pytest.raises(ModelError, match="--kv-cache-memory"):
         count_pages(available=10_000, utilization=0.5, **sizes)
+
+
+def test_the_context_is_what_the_model_was_made_for() -> None:
+    assert longest_context(PLAIN) == 1024
+    stretched = LayerConfig(None, Rope(1e4, 8, scaling=RopeScaling("linear", factor=4.0)))
+    assert longest_context(replace(PLAIN, layers=(stretched,))) == 4096

@@ -292,7 +292,7 @@ def test_a_long_prompt_never_stalls_those_who_decode() -> None:
         assert rows[3] == ("long", start, start + 7, start)
 
 
-def test_an_older_prompt_in_chunks_leaves_rows_to_younger_decodes() -> None:
+def test_a_prompt_in_chunks_leaves_rows_to_decodes_and_to_those_who_wait() -> None:
     engine = Engine(scheduler_with(max_batch_tokens=8))
     engine.add(request_for([1], 30, name="first"))
     engine.step()
@@ -301,9 +301,9 @@ def test_an_older_prompt_in_chunks_leaves_rows_to_younger_decodes() -> None:
     assert rows_of(engine.step()) == [("first", 1, 2, 1), ("old", 0, 6, 0), ("young", 0, 1, 0)]
     engine.add(request_for([9] * 20, 30, name="long"))
     engine.add(request_for([5], 30, name="last"))
-    for _ in range(4):
-        assert rows_of(engine.step())[-1][0] == "long"
-    assert [row[0] for row in rows_of(engine.step())] == ["first", "old", "young", "long", "last"]
+    assert rows_of(engine.step())[3:] == [("long", 0, 5, 0)]
+    assert rows_of(engine.step())[3:] == [("last", 0, 1, 0), ("long", 5, 9, 5)]
+    assert rows_of(engine.step())[3:] == [("last", 1, 2, 1), ("long", 9, 13, 9)]
 
 
 def test_a_fully_cached_prompt_revisits_its_last_token_and_stores_nothing() -> None:

@@ -108,10 +108,21 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _context(config: Config, model: ModelConfig) -> int:
-    context = model.max_context if config.max_context is None else config.max_context
-    if model.learned_positions and context > model.max_context:
-        raise ModelError(f"--max-context: {context} is more than the {model.max_context} positions of the model")
-    return context
+    if config.max_context is None:
+        return model.max_context
+    if config.max_context > longest_context(model):
+        raise ModelError(
+            f"--max-context: {config.max_context} is more than the {longest_context(model)} positions that the model "
+            "was made for"
+        )
+    return config.max_context
+
+
+def longest_context(model: ModelConfig) -> int:
+    """Positions that the model was made for; some configs with linear scaling tell those before it."""
+    scalings = [layer.rope.scaling for layer in model.layers if layer.rope is not None]
+    linear = [s.factor for s in scalings if s is not None and s.kind == "linear"]
+    return int(model.max_context * max(linear, default=1.0))
 
 
 def _pages(config: Config, model: ModelConfig, context: int, dtype: torch.dtype, device: torch.device) -> Pages:

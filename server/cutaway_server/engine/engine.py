@@ -94,8 +94,11 @@ class Engine:
         self.scheduler.complete(schedule)
         draws: list[Draw] = []
         for work, first_row, wanted in rows:
-            events += self._prompt_done(work, residual[first_row : first_row + len(wanted)], wanted)
-            draws += self._draws(work, first_row + len(wanted) - 1)
+            try:
+                events += self._prompt_done(work, residual[first_row : first_row + len(wanted)], wanted)
+                draws += self._draws(work, first_row + len(wanted) - 1)
+            except Exception as error:
+                events += self.fail(work.sequence.request.request_id, error)
         return events + self._sample(draws, residual)
 
     def _refused(self, schedule: Schedule) -> Iterator[tuple[str, Event]]:
@@ -150,35 +153,44 @@ class Engine:
 
     def _fork(self, live: LiveRequest, prompt: Completion) -> None:
         """Turn a computed prompt into the completions that are still wanted."""
+        if 0 in live.open:
+            live.completions[0] = prompt
         for index in sorted(live.open - {0}):
             forked = self.scheduler.fork(prompt.sequence, index)
             live.completions[index] = Completion(forked, prompt.sampler.fork(index))
         prompt.sequence.slots = 1  # places kept for completions that were aborted meanwhile are free again
-        if 0 in live.open:
-            live.completions[0] = prompt
-        else:
+        if 0 not in live.open:
             self.scheduler.finish(prompt.sequence)
         live.prompt = None
 
     def _sample(self, draws: Items[Draw], residual: torch.Tensor) -> Events:
+        """Draw tokens and take them in. What goes wrong for one request is found by drawing for each alone."""
+        draws = [draw for draw in draws if draw.live.request.request_id in self.live]
         if not draws:
             return []
-        rows = torch.tensor([draw.row for draw in draws], device=residual.device)
-        logits = self.model.logits(residual[rows])
-        states = [draw.completion.sampler for draw in draws]
-        positions = [len(draw.completion.sequence.tokens) for draw in draws]
-        sampled = sample(logits, build_batch(states, positions, logits.shape[1], logits.device))
+        try:
+            drawn = self._draw(draws, residual)
+        except Exception as error:
+            if len(draws) == 1:
+                return self.fail(draws[0].live.request.request_id, error)
+            return [event for draw in draws for event in self._sample([draw], residual)]
         events: Events = []
-        for draw, (token, valid, logprobs) in zip(draws, _to_host(sampled), strict=True):
-            request_id = draw.live.request.request_id
+        for draw, (token, valid, logprobs) in zip(draws, drawn, strict=True):
             try:
                 if not valid:
                     raise EngineFailed("no token can be drawn: all are banned, or the model's logits are not finite")
                 events += self._advance(draw, token, _limit(logprobs, draw.live.request.sampling))
             except Exception as error:
-                log.exception("request %s failed in step %d", request_id, self.steps)
-                events += self.fail(request_id, error)
+                events += self.fail(draw.live.request.request_id, error)
         return events
+
+    def _draw(self, draws: Items[Draw], residual: torch.Tensor) -> list[tuple[int, bool, Logprobs | None]]:
+        """A token for each draw, whether it is valid, and its log-probabilities."""
+        rows = torch.tensor([draw.row for draw in draws], device=residual.device)
+        logits = self.model.logits(residual[rows])
+        states = [draw.completion.sampler for draw in draws]
+        positions = [len(draw.completion.sequence.tokens) for draw in draws]
+        return list(_to_host(sample(logits, build_batch(states, positions, logits.shape[1], logits.device))))
 
     def _advance(self, draw: Draw, token: int, logprobs: Logprobs | None) -> Iterator[tuple[str, Event]]:
         """Take a drawn token into its completion, and end that if it is the last."""
@@ -216,6 +228,8 @@ class Engine:
         live = self.live.get(request_id)
         if live is None:
             return []
+        if not isinstance(error, DeadlineExceeded):
+            log.error("request %s failed in step %d", request_id, self.steps, exc_info=error)
         self._release(live)
         told = error if isinstance(error, CutawayError) else EngineFailed("the computation of this request failed")
         return [(request_id, RequestFailed(told))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -9,24 +10,41 @@ import torch
 
 from cutaway_server.errors import ModelError
 
-CGROUP = Path("/sys/fs/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
 MIB = 2**20
 
 
-def available_bytes(device: torch.device, cgroup: Path = CGROUP) -> int:
-    """Bytes that can still be allocated on `device`: the least that the machine and the container allow."""
+def available_bytes(device: torch.device, cgroups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:
+    """Bytes that can still be allocated on `device`: the least that the machine and its containers allow."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
-    room = [int(psutil.virtual_memory().available)]
-    for limit, used, reclaimable in (
-        ("memory.max", "memory.current", "memory.stat"),  # cgroup v2
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),  # cgroup v1
-    ):
-        most, now = _number(cgroup / limit), _number(cgroup / used)
+    rooms = (_room(group) for group in _groups(cgroups, own))
+    return min([int(psutil.virtual_memory().available), *(room for room in rooms if room is not None)])
+
+
+def _groups(cgroups: Path, own: Path) -> Iterator[Path]:
+    """This process's memory cgroup and all above it: each one's limit holds. Sees both versions of cgroups."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in [*lines, "0::/", "0:memory:/"]:  # inside a container the path is the host's, and the limit at the top
+        _, controllers, path = line.split(":", 2)
+        if controllers == "" or "memory" in controllers.split(","):
+            top = cgroups / "memory" if controllers else cgroups
+            group = top / path.strip("/")
+            yield from (parent for parent in (group, *group.parents) if parent.is_relative_to(top))
+
+
+def _room(group: Path) -> int | None:
+    """What a cgroup has left; None where it sets no limit."""
+    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        most, now = _number(group / limit), _number(group / used)
         if most is not None and now is not None:
-            room.append(max(0, most - now + _inactive_file(cgroup / reclaimable)))
-    return min(room)
+            return max(0, most - now + _inactive_file(group / "memory.stat"))
+    return None
 
 
 def _number(path: Path) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cutaway_server.errors import EngineFailed
 from cutaway_server.model.transformer import Transformer
 from cutaway_server.request import Logprobs, PromptScored
 from cutaway_server.sampler import log_probabilities
@@ -20,7 +22,11 @@ ROWS_AT_ONCE = 64  # bounds the logits in memory: 64 rows of a vocabulary of 262
 def score(
     model: Transformer, sequence: Sequence, positions: NDArray[np.int64], residual: Tensor
 ) -> Iterator[PromptScored]:
-    """Score the tokens that follow `positions` [R] of the prompt, from their last residuals [R, d_model]."""
+    """Score the tokens that follow `positions` [R] of the prompt, from their last residuals [R, d_model].
+
+    Raises:
+        EngineFailed: the model's logits are not finite.
+    """
     inside = positions < sequence.prompt_length - 1
     positions, residual = positions[inside], residual[torch.from_numpy(inside).to(residual.device)]
     top = sequence.request.sampling.prompt_logprobs or 0
@@ -33,4 +39,6 @@ def score(
             Logprobs(value, tuple(zip(ids, values, strict=True)))
             for value, ids, values in zip(chosen.tolist(), top_ids.tolist(), top_values.tolist(), strict=True)
         )
+        if not all(map(math.isfinite, chosen.tolist())):
+            raise EngineFailed("the prompt can't be scored: the model's logits are not finite")
         yield PromptScored(int(part[0]), tuple(tokens), logprobs)

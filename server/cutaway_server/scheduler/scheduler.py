@@ -6,10 +6,11 @@ overtakes. In each step
 
 1.  what is past its deadline ends;
 2.  each running sequence gets the blocks it will write, if need be by preempting the youngest;
-3.  the token budget is given out, oldest first. That no prompt stalls a decode follows: nobody is admitted past a
-    prompt that the budget cuts into chunks, so all that decode are older than it;
-4.  what is left admits waiting sequences, with blocks for all their tokens at once, so that no prompt that has
-    begun waits for blocks in its middle. None are admitted in a step that preempts.
+3.  decodes, which need one row each, get it: no prompt stalls them;
+4.  the oldest prompt gets the rest of the token budget, but for a quarter that younger prompts may take and waiting
+    sequences may be admitted with, so that a short question does not wait for a long one to be read;
+5.  who is admitted gets blocks for all its tokens at once, so that no prompt that has begun waits for blocks in its
+    middle. None are admitted in a step that preempts.
 
 A step costs time proportional to what runs, not to how long contexts are.
 """
@@ -28,6 +29,7 @@ from cutaway_server.scheduler.schedule import Draft, Schedule
 from cutaway_server.scheduler.sequence import Sequence
 
 RETRY_AFTER_SECONDS = 1.0
+YOUNGER_SHARE = 4  # one part in so many of what decodes leave is for prompts younger than the oldest
 
 
 class Scheduler:
@@ -81,7 +83,7 @@ class Scheduler:
         """
         self.refuse(request)
         order = (self._arrivals, 0)
-        sequence = Sequence(request, 0, order, list(request.prompt), slots=request.sampling.n)
+        sequence = Sequence(request, 0, order, list(request.prompt), slots=_slots(request))
         self._arrivals += 1
         self.waiting.append(sequence)
         self._time(sequence)
@@ -105,7 +107,7 @@ class Scheduler:
         prompt, sampling = len(request.prompt), request.sampling
         if not 1 <= prompt <= self.max_context:
             raise InvalidField("prompt", f"{prompt} tokens", f"must have 1 to {self.max_context} tokens")
-        if sampling.n > self.max_running:
+        if _slots(request) > self.max_running:
             raise InvalidField("sampling.n", sampling.n, f"at most {self.max_running} completions run at once")
         need = self._pages(prompt + min(1, sampling.max_tokens))
         if need > self.pool.capacity:
@@ -120,10 +122,19 @@ class Scheduler:
         draft = Draft(self.max_batch_tokens)
         self._expire(now, draft)
         self._reserve(draft)
+        prompts = [sequence for sequence in self.running if sequence.pending > 1]
         for sequence in self.running:
+            if sequence.pending <= 1:
+                draft.give_rows(sequence)
+        kept = min(prompts[0].pending, draft.budget - draft.budget // YOUNGER_SHARE) if prompts else 0
+        draft.budget -= kept
+        for sequence in prompts[1:]:
             draft.give_rows(sequence)
         if not draft.preempted:
             self._admit(draft)
+        draft.budget += kept
+        for sequence in prompts[:1]:
+            draft.give_rows(sequence)
         return draft.freeze()
 
     def complete(self, schedule: Schedule) -> None:
@@ -291,3 +302,8 @@ class Scheduler:
             self.pool.release(block)
         sequence.blocks = []
         sequence.stored = sequence.next = 0
+
+
+def _slots(request: Request) -> int:
+    """Completions that will run at the same time: a prompt that is only scored is never forked."""
+    return request.sampling.n if request.sampling.max_tokens else 1

@@ -56,6 +56,6 @@ def _limits(facts: EngineFacts) -> v1.Limits:
         max_batch_tokens=facts.max_batch_tokens,
         page_size=facts.page_size,
         total_pages=facts.total_pages,
-        max_n=MAX_N,
+        max_n=min(MAX_N, facts.max_running),
         max_logprobs=MAX_LOGPROBS,
     )

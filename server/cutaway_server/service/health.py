@@ -8,6 +8,7 @@ from collections.abc import Coroutine, Iterable
 from grpc_health.v1.health import aio  # type: ignore[attr-defined]  # the stubs lack it
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
+from cutaway_server.errors import NotFound
 from cutaway_server.service.status import Context
 
 
@@ -18,6 +19,16 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
         super().__init__()
         self._names = tuple(names)
         self._over = asyncio.Event()
+
+    async def Check(self, request: HealthCheckRequest, context: Context) -> HealthCheckResponse:  # noqa: N802
+        """Tell the state.
+
+        Raises:
+            NotFound: the service is not one of the names.
+        """
+        if request.service not in self._names:
+            raise NotFound(f"service: {request.service!r} is not served; there are {', '.join(map(repr, self._names))}")
+        return await super().Check(request, context)  # type: ignore[no-any-return]
 
     async def Watch(self, request: HealthCheckRequest, context: Context) -> None:  # noqa: N802
         """Tell the state, and each change of it."""

@@ -16,7 +16,7 @@ from cutaway_server.service.asking import Limits, ask
 from cutaway_server.service.describing import describe
 from cutaway_server.service.desk import Desk
 from cutaway_server.service.reply import Reply
-from cutaway_server.service.status import Context, Loading, answering
+from cutaway_server.service.status import Context, Loading
 from cutaway_server.service.texts import detokenize, tokenize
 from cutaway_server.service.workers import Workers
 from cutaway_server.text.tokenizer import TextModel
@@ -32,7 +32,7 @@ class Served:
 
 
 class Inference(InferenceServicer):
-    """The servicer. `served` is set when the model is ready; until then every call is UNAVAILABLE."""
+    """The servicer, for `methods_of`. `served` is set when the model is ready; until then calls are UNAVAILABLE."""
 
     def __init__(self, desk: Desk, workers: Workers, config: Config) -> None:
         self.served: Served | None = None
@@ -42,7 +42,6 @@ class Inference(InferenceServicer):
         self._max_prompt_bytes = config.max_prompt_bytes
 
     # Writing to the context, rather than yielding, lets a cancelled call clean up at once.
-    @answering
     async def Generate(self, request: v1.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         """Stream one request's completions."""
         served = self._ready()
@@ -58,26 +57,22 @@ class Inference(InferenceServicer):
                 for message in messages:
                     await context.write(message)
 
-    @answering
     async def Abort(self, request: v1.AbortRequest, context: Context) -> v1.AbortResponse:
         """End a queued or running request."""
         self._ready()
         self._desk.abort(request.request_id)
         return v1.AbortResponse()
 
-    @answering
     async def Tokenize(self, request: v1.TokenizeRequest, context: Context) -> v1.TokenizeResponse:
         """Turn text into tokens."""
         text = self._ready().text
         return await self._workers.run(partial(tokenize, request, text, self._max_prompt_bytes))
 
-    @answering
     async def Detokenize(self, request: v1.DetokenizeRequest, context: Context) -> v1.DetokenizeResponse:
         """Turn tokens into text."""
         served = self._ready()
         return await self._workers.run(partial(detokenize, request, served.text, served.facts.config.d_vocab))
 
-    @answering
     async def GetModel(self, request: v1.GetModelRequest, context: Context) -> v1.GetModelResponse:
         """Tell what is served."""
         served = self._ready()

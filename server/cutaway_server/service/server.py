@@ -8,8 +8,7 @@ import socket
 
 import grpc
 from cutaway.v1 import inference_pb2 as v1
-from cutaway.v1 import inference_pb2_grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
 from cutaway_server.config import Config
@@ -18,13 +17,14 @@ from cutaway_server.errors import Draining, EngineFailed
 from cutaway_server.service.desk import Backend, Desk
 from cutaway_server.service.health import Health, first_of
 from cutaway_server.service.inference import Inference, Served
+from cutaway_server.service.methods import methods_of
 from cutaway_server.service.workers import Workers
 from cutaway_server.text.tokenizer import TextModel
 
 log = logging.getLogger(__name__)
 
-INFERENCE = v1.DESCRIPTOR.services_by_name["Inference"].full_name
-HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+INFERENCE = v1.DESCRIPTOR.services_by_name["Inference"]
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 FAREWELL_SECONDS = 2.0  # for the last messages of streams that are over
 
 
@@ -37,14 +37,13 @@ class Server:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._workers = Workers(config.tokenizer_threads, config.max_queued)
+        self._workers = Workers(config.tokenizer_threads, config.max_running + config.max_queued)
         self.desk = Desk(asyncio.get_running_loop())
         self._inference = Inference(self.desk, self._workers, config)
-        self._health = Health(("", INFERENCE))
+        self._health = Health(("", INFERENCE.full_name))
         self._grpc = grpc.aio.server(options=_options(config))
-        inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, self._grpc)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        names = (INFERENCE, HEALTH, reflection.SERVICE_NAME)
+        self._grpc.add_generic_rpc_handlers((methods_of(INFERENCE, self._inference), methods_of(HEALTH, self._health)))
+        names = (INFERENCE.full_name, HEALTH.full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
 
     async def listen(self) -> str:

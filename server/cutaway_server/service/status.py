@@ -1,4 +1,4 @@
-"""The one table from errors to gRPC status, and the door through which every handler's errors leave."""
+"""The one table from errors to gRPC status, and the door through which messages come in and errors leave."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import functools
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError, Message
 
 from cutaway_server.errors import (
     AlreadyExists,
@@ -26,9 +27,7 @@ from cutaway_server.errors import (
 log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
-P = ParamSpec("P")
 R = TypeVar("R")
-Self = TypeVar("Self")
 
 
 class Loading(CutawayError):
@@ -76,21 +75,28 @@ def status_of(error: Exception) -> Status:
 
 
 def answering(
-    handler: Callable[Concatenate[Self, P], Awaitable[R]],
-) -> Callable[Concatenate[Self, P], Awaitable[R]]:
-    """Make what a handler raises the status of its call. The context is the handler's last argument."""
+    handler: Callable[[Any, Context], Awaitable[R]], kind: type[Message]
+) -> Callable[[bytes, Context], Awaitable[R]]:
+    """A method that parses its message itself, and makes whatever its handler raises the status of its call."""
 
     @functools.wraps(handler)
-    async def answered(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    async def answered(data: bytes, context: Context) -> R:
         try:
-            return await handler(self, *args, **kwargs)
+            return await handler(_parsed(data, kind), context)
         except Exception as error:
             status = status_of(error)
             if status.code is grpc.StatusCode.INTERNAL:
                 log.exception("%s failed", handler.__name__)
             else:
                 log.info("%s: %s: %s", handler.__name__, status.code.name, status.message)
-            context: Context = args[-1]  # type: ignore[assignment]  # ParamSpec does not know its last
             return await context.abort(status.code, status.message, status.trailing)
 
     return answered
+
+
+def _parsed(data: bytes, kind: type[Message]) -> Message:
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        rule = f"must be an encoded {kind.DESCRIPTOR.full_name} with its texts in UTF-8"
+        raise InvalidField("message", f"{len(data)} bytes", rule) from None

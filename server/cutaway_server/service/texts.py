@@ -20,13 +20,11 @@ def is_set(message: Input, name: str, *, default: bool) -> bool:
 
 
 def encode_text(message: Input, model: TextModel, max_bytes: int) -> Encoded:
-    """The tokens of a message's plain text.
+    """The tokens of a message's plain text: of an empty one those that are added, which may be none.
 
     Raises:
-        InvalidField: it is empty or too long.
+        InvalidField: it is too long.
     """
-    if not message.text:
-        raise InvalidField("text", "", "must have at least one character")
     _check_size("text", len(message.text.encode()), max_bytes)
     return model.encode(
         message.text,

@@ -14,12 +14,15 @@ R = TypeVar("R")
 
 
 class Workers:
-    """Runs functions on threads, at most `max_waiting` of them at once running or waiting."""
+    """Runs functions on threads, and takes at most `limit` at once, running or waiting.
 
-    def __init__(self, threads: int, max_waiting: int) -> None:
+    A text that is tokenised may be one that need not wait afterwards, so `limit` is what may run and wait together.
+    """
+
+    def __init__(self, threads: int, limit: int) -> None:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="text")
-        self._max_waiting = max_waiting
-        self._waiting = 0
+        self._limit = limit
+        self._taken = 0
 
     async def run(self, function: Callable[[], R]) -> R:
         """The function's result.
@@ -27,10 +30,10 @@ class Workers:
         Raises:
             QueueFull: too many wait already.
         """
-        if self._waiting >= self._max_waiting:
-            raise QueueFull(f"{self._waiting} texts wait to be tokenised, as many as may", retry_after_seconds=1.0)
+        if self._taken >= self._limit:
+            raise QueueFull(f"{self._taken} texts are being tokenised or wait for it, as many as may", retry_after_seconds=1.0)
         loop = asyncio.get_running_loop()
-        self._waiting += 1  # until it has run, even if nobody waits for it any more
+        self._taken += 1  # until it has run, even if nobody waits for it any more
         future = self._executor.submit(function)
         future.add_done_callback(lambda _: self._count_down(loop))
         return await asyncio.wrap_future(future)
@@ -44,4 +47,4 @@ class Workers:
             loop.call_soon_threadsafe(self._done)
 
     def _done(self) -> None:
-        self._waiting -= 1
+        self._taken -= 1

@@ -56,6 +56,8 @@ def _read(file: Path) -> str:
 def _parsed(file: Path, text: str) -> Json:
     try:
         value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{file}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
     except ValueError as error:
         raise ModelError(f"{file}: {error}") from error
     if not isinstance(value, dict):

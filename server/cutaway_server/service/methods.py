@@ -1,0 +1,22 @@
+"""A servicer's methods as gRPC takes them. The generated code would parse messages before any code of ours runs."""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from cutaway_server.service.status import answering
+
+
+def methods_of(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler:
+    """The methods of `service`, each behind `answering`."""
+    handlers = {method.name: _handler(method, servicer) for method in service.methods}
+    return grpc.method_handlers_generic_handler(service.full_name, handlers)
+
+
+def _handler(method: MethodDescriptor, servicer: object) -> grpc.RpcMethodHandler[bytes, Message]:
+    make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
+    behaviour = answering(getattr(servicer, method.name), GetMessageClass(method.input_type))
+    return make(behaviour, response_serializer=GetMessageClass(method.output_type).SerializeToString)
