@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import click
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -45,18 +45,19 @@ def _check_listen(value: object) -> object:
     return value
 
 
-def _check_page_size(value: object) -> object:
-    try:
-        size = int(str(value))
-    except ValueError:
-        size = 0
+def _check_page_size(size: int) -> int:
     if not 16 <= size <= 256 or size & (size - 1):
         raise ValueError("must be a power of two from 16 to 256")
     return size
 
 
 Bytes = Annotated[int, BeforeValidator(_to_bytes)]
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Count = Annotated[int, Field(ge=1, le=2**20)]
+Context = Annotated[int, Field(ge=1, le=2**27)]
+# Buffers are allocated at full size at start; those of more than this no machine would fill.
+Rows = Annotated[int, Field(ge=1, le=65_536)]
+Slots = Annotated[int, Field(ge=1, le=4096)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
 
 
 class Config(BaseModel):
@@ -74,21 +75,21 @@ class Config(BaseModel):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute; auto: cuda if there is one.")
     kernels: Literal["auto", "reference"] = Field("auto", description="Which operations compute.")
-    threads: Count | None = Field(None, description="CPU threads that compute. Default: the cores allowed.")
+    threads: Threads | None = Field(None, description="CPU threads that compute. Default: the cores allowed.")
     kv_cache_memory: Annotated[Bytes, Field(ge=1)] | None = Field(
         None, description="Bytes of KV cache. Default: from --memory-utilization."
     )
     memory_utilization: float = Field(
         0.6, gt=0, le=1, description="Share of the memory free after loading that the KV cache may take, in (0, 1]."
     )
-    max_context: Count | None = Field(
+    max_context: Context | None = Field(
         None, description="Tokens of prompt and completion together. Default: the model's."
     )
-    page_size: Annotated[int, BeforeValidator(_check_page_size)] = Field(
+    page_size: Annotated[int, AfterValidator(_check_page_size)] = Field(
         16, description="Tokens in a page of the KV cache: a power of two from 16 to 256."
     )
-    max_batch_tokens: Count = Field(512, description="Tokens computed in one step, at most.")
-    max_running: Count = Field(64, description="Completions computed at the same time, at most.")
+    max_batch_tokens: Rows = Field(512, description="Tokens computed in one step, at most.")
+    max_running: Slots = Field(64, description="Completions computed at the same time, at most.")
     max_queued: Count = Field(1024, description="Requests that may wait; more are refused.")
     prefix_caching: bool = Field(True, description="Share pages between prompts that begin alike.")
     drain_timeout: float = Field(
@@ -134,21 +135,25 @@ def read_config(arguments: Sequence[str], environment: Mapping[str, str]) -> Con
     if not isinstance(given, dict):
         raise SystemExit(given)  # --help or --version has been printed
     file = given.pop("config", None) or environment.get(ENVIRONMENT + "CONFIG")
+    from_file = _from_file(Path(str(file))) if file else {}
+    _checked(from_file, strict=True)  # TOML has types of its own: true is no number there, and "7" neither
     values = {
-        **(_from_file(Path(str(file))) if file else {}),
+        **from_file,
         **_from_environment(environment),
         **{name: Given(value, _option(name)) for name, value in given.items() if value is not None},
     }
     return _checked(values)
 
 
-def _checked(values: Mapping[str, Given]) -> Config:
+def _checked(values: Mapping[str, Given], *, strict: bool = False) -> Config:
     try:
-        return Config.model_validate({name: given.value for name, given in values.items()})
+        return Config.model_validate({name: given.value for name, given in values.items()}, strict=strict)
     except ValidationError as error:
         first = error.errors()[0]
         given = values[str(first["loc"][0])]
-        rule = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        rule = re.sub(
+            r"^(Value error, |\w+ should (?=be |have ))", lambda m: "must " if "should" in m[0] else "", first["msg"]
+        )
         raise ConfigError(f"{given.where}: {given.value!r} is not allowed: {rule}") from None
 
 

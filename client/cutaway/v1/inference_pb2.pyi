@@ -291,7 +291,7 @@ class SamplingParams(_message.Message):
     ignore_eos: _builtins.bool
     """Go on past the model's end tokens. Default false."""
     n: _builtins.int
-    """Completions of the prompt, told apart by `index`. In [1, 128]. Default 1."""
+    """Completions of the prompt, told apart by `index`. In [1, Limits.max_n]. Default 1."""
     logprobs: _builtins.int
     """Log-probabilities with every token: its own and this many of the likeliest. In [0, 128]. Unset: none.
     They are those of the model, before penalties, biases, temperature and filters.
@@ -1200,7 +1200,7 @@ class Limits(_message.Message):
     total_pages: _builtins.int
     """Pages in the KV cache."""
     max_n: _builtins.int
-    """Largest n."""
+    """Largest n: 128, or max_running if that is less."""
     max_logprobs: _builtins.int
     """Largest logprobs and prompt_logprobs."""
     def __init__(

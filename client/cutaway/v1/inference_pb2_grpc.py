@@ -75,7 +75,7 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Ends a queued or running request of the caller; its stream ends with finish reason ABORT.
+        """Ends a queued or running request, whoever asked for it; its stream ends with finish reason ABORT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

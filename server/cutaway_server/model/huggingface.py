@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from cutaway_server.errors import InvalidField, ModelError
+from cutaway_server.errors import ModelError
 from cutaway_server.model.checkpoint import CHUNK_BYTES, Checkpoint, Layout, TensorReader
 from cutaway_server.model.families import ignored, layout, read_config
+from cutaway_server.model.generation_config import sampling_defaults, warn_of_the_rest
 from cutaway_server.model.json_file import Fields, read_object
 from cutaway_server.model.safetensors_files import open_safetensors
-from cutaway_server.request import SamplingOptions, resolve_sampling
 from cutaway_server.text.tokenizer import TextModel
 
 
@@ -34,6 +34,7 @@ def open_directory(path: Path) -> Checkpoint:
         places, nothing = _tie_if_equal(places, nothing, reader)
     generation_path = path / "generation_config.json"
     generation = read_object(generation_path) if generation_path.exists() else Fields({}, str(generation_path))
+    warn_of_the_rest(generation, config.max_context)
     text = TextModel.from_directory(path)
     return Checkpoint(
         config=replace(config, tied_embeddings="unembed" not in places),
@@ -41,7 +42,7 @@ def open_directory(path: Path) -> Checkpoint:
         reader=reader,
         text=text,
         eos_token_ids=_end_tokens(raw, generation, text, config.d_vocab),
-        defaults=_sampling_defaults(generation),
+        defaults=sampling_defaults(generation),
         ignored=nothing,
     )
 
@@ -72,36 +73,3 @@ def _end_tokens(config: Fields, generation: Fields, text: TextModel, vocab_size:
         raise ModelError(f"{source.place}: eos_token_id {beyond[0]} is not in the vocabulary of {vocab_size}")
     own = text.eos_token_id
     return ids if own is None or own >= vocab_size else ids | {own}
-
-
-def _sampling_defaults(generation: Fields) -> SamplingOptions:
-    """The values that generation_config.json sets. `do_sample` is not among them: temperature says it all here."""
-
-    def number(key: str) -> float | None:
-        return generation.number(key) if generation.has(key) else None
-
-    defaults = SamplingOptions(
-        temperature=number("temperature"),
-        top_k=_top_k(generation),
-        top_p=number("top_p"),
-        min_p=number("min_p"),
-        typical_p=number("typical_p"),
-        repetition_penalty=number("repetition_penalty"),
-    )
-    try:
-        resolve_sampling(
-            defaults, prompt_length=1, max_context=2, vocab_size=2**31,
-            eos_token_ids=frozenset(), bad_words=(), seed=0,
-        )  # fmt: skip
-    except InvalidField as error:
-        raise ModelError(f"{generation.place}: {error}") from error
-    return defaults
-
-
-def _top_k(generation: Fields) -> int | None:
-    if not generation.has("top_k"):
-        return None
-    value = generation.values["top_k"]
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise generation.wrong("top_k", "must be an integer")
-    return value

@@ -31,7 +31,9 @@ class Workers:
             QueueFull: too many wait already.
         """
         if self._taken >= self._limit:
-            raise QueueFull(f"{self._taken} texts are being tokenised or wait for it, as many as may", retry_after_seconds=1.0)
+            raise QueueFull(
+                f"{self._taken} texts are being tokenised or wait for it, as many as may", retry_after_seconds=1.0
+            )
         loop = asyncio.get_running_loop()
         self._taken += 1  # until it has run, even if nobody waits for it any more
         future = self._executor.submit(function)
