@@ -601,16 +601,3 @@ def complete(kind: str, address: str) -> cutaway.Answer:
             return await client.complete("Hi")
 
     return asyncio.run(asynchronously())
-
-
-def test_text_without_tokens_belongs_to_the_last_token(client: Client, servicer: Scripted) -> None:
-    def aborted(request: pb.GenerateRequest, context: grpc.ServicerContext) -> Iterator[pb.GenerateResponse]:
-        yield started(request)
-        yield delta(pb.Token(id=5, text="Hel", step=11), pb.Token(id=6, text="", step=12))
-        yield pb.GenerateResponse(delta=pb.Delta(index=0, text="lo"))
-        yield finished()
-
-    servicer.script = aborted
-    answer = client.complete("a")
-    assert answer.text == "Hello"
-    assert answer.token_ids == (5, 6)

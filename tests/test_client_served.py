@@ -174,3 +174,18 @@ def test_chat_goes_through_the_template(live: LiveServer) -> None:
     arguments = ["chat", "--max-tokens", "4", "--temperature", "0", "--address", live.address]
     result = CliRunner().invoke(main, arguments, input="Hi\nMore\n")
     assert result.exit_code == 0, result.stderr
+
+
+async def test_an_aborted_streams_tokens_join_to_its_text_whatever_it_held_back(live: LiveServer) -> None:
+    with Client(live.address, timeout=30) as client:
+        (token,) = client.tokenize("a", add_special_tokens=False).ids
+        held: Any = {"stop": "a" * 1000, "logit_bias": {token: 100}, "temperature": 0, "ignore_eos": True}
+        stream = client.generate(token_ids=PROMPT, request_id="held", **held)
+        tokens = [next(stream) for _ in range(5)]
+        client.abort("held")
+        tokens += list(stream)
+        answer = stream.answer()
+    assert answer.finish_reason == "abort"
+    assert "".join(each.text for each in tokens) == stream.text == answer.text == "a" * len(tokens)
+    assert answer.completions[0].completion_tokens == len(tokens)
+    assert {each.id for each in tokens} == {token}

@@ -62,6 +62,13 @@ def test_flags_have_a_no_form_that_wins_over_the_environment() -> None:
         (["--listen", "localhost:65536"], {}, r"--listen: 'localhost:65536' .* 0 to 65535"),
         (["--dtype", "int8"], {}, r"--dtype: 'int8' .* 'float32'"),
         (["--max-running", "0"], {}, r"--max-running: '0' .* greater than or equal to 1"),
+        (["--max-running", "100000000"], {}, r"--max-running: '100000000' .* must be less than or equal to 4096"),
+        (["--max-batch-tokens", "65537"], {}, r"--max-batch-tokens: '65537' .* less than or equal to 65536"),
+        (["--max-context", "2147483647"], {}, r"--max-context: '2147483647' .* less than or equal to 134217728"),
+        (["--max-queued", "2147483647"], {}, r"--max-queued: '2147483647' .* less than or equal to 1048576"),
+        (["--threads", "100000"], {}, r"--threads: '100000' .* less than or equal to 1024"),
+        (["--page-size", "many"], {}, r"--page-size: 'many' .* must be a valid integer"),
+        (["--model", ""], {}, r"--model: '' is not allowed: must have at least 1 character$"),
         (["--max-queued", "many"], {}, r"--max-queued: 'many' .* integer"),
         (["--memory-utilization", "nan"], {}, r"--memory-utilization: 'nan' .* finite"),
         (["--memory-utilization", "1.5"], {}, r"--memory-utilization: '1.5' .* less than or equal to 1"),
@@ -88,6 +95,14 @@ def test_a_mistake_is_told_in_one_line_with_option_value_and_rule(
     [
         ("max-runing = 3", "'max-runing' is no option"),
         ("threads = 1.5", "c.toml: threads: 1.5 is not allowed"),
+        ("max-running = true", "c.toml: max-running: True is not allowed: must be a valid integer"),
+        ("max-running = 7.0", "c.toml: max-running: 7.0 is not allowed: must be a valid integer"),
+        ('max-running = "7"', "c.toml: max-running: '7' is not allowed: must be a valid integer"),
+        ("page-size = true", "c.toml: page-size: True is not allowed: must be a valid integer"),
+        ("max-backlog = true", "c.toml: max-backlog: True is not allowed: must be a valid integer"),
+        ("drain-timeout = true", "c.toml: drain-timeout: True is not allowed: must be a valid number"),
+        ("prefix-caching = 1", "c.toml: prefix-caching: 1 is not allowed: must be a valid boolean"),
+        ("model = 7", "c.toml: model: 7 is not allowed: must be a valid string"),
         ("max-running = 1\nmax_running = 2", "'max_running' is given twice"),
         ("max-running", "is not TOML"),
         ("[server]\nthreads = 1", "'server' is no option"),
@@ -96,6 +111,15 @@ def test_a_mistake_is_told_in_one_line_with_option_value_and_rule(
 def test_mistakes_in_the_file_name_the_file_and_the_key(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(told)):
         read_config(["--config", written(tmp_path / "c.toml", text)], {})
+
+
+def test_the_file_takes_whole_numbers_for_others_and_bytes_either_way(tmp_path: Path) -> None:
+    text = (
+        'drain-timeout = 3\nmax-backlog = 1048576\nmax-prompt-bytes = "2MiB"\nlisten = "[::1]:0"\ndtype = "float32"\n'
+    )
+    config = read_config(["--config", written(tmp_path / "c.toml", text)], {"CUTAWAY_MAX_RUNNING": "7"})
+    assert (config.drain_timeout, config.max_backlog, config.max_prompt_bytes) == (3.0, 2**20, 2**21)
+    assert (config.listen, config.dtype, config.max_running) == ("[::1]:0", "float32", 7)
 
 
 def test_what_kubernetes_sets_beside_a_service_named_cutaway_is_no_mistake() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from cutaway_server.errors import ModelError
 from cutaway_server.kernels.weights import Weights
 from cutaway_server.model.checkpoint import CHUNK_BYTES, Checkpoint, load_weights
@@ -415,9 +417,55 @@ def test_generation_config_sets_only_what_it_sets(tmp_path: Path) -> None:
     assert open_directory(tmp_path).eos_token_ids == {1, 2}, "config.json's where there is no other"
 
 
+def test_stop_strings_of_generation_config_are_stops(tmp_path: Path) -> None:
+    tiny.save_tiny("llama", tmp_path)
+    for given, stop in (("###", ("###",)), (["a", "b"], ("a", "b")), (None, ())):
+        write_json(tmp_path / "generation_config.json", stop_strings=given)
+        assert open_directory(tmp_path).defaults == SamplingOptions(stop=stop)
+
+
+def test_what_generation_config_asks_for_in_vain_is_told_in_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny.save_tiny("llama", tmp_path)
+    unheeded = {
+        "do_sample": False, "num_beams": 4, "no_repeat_ngram_size": 3, "suppress_tokens": [5], "max_new_tokens": 20,
+        "min_new_tokens": 2, "bad_words_ids": [[7]], "forced_bos_token_id": 0, "guidance_scale": 1.5,
+        "max_length": 20, "somebody_elses": "key", "sequence_bias": [[[7], -1.0]] * 100,
+    }  # fmt: skip
+    write_json(tmp_path / "generation_config.json", temperature=0.5, eos_token_id=1, pad_token_id=0, **unheeded)
+    assert open_directory(tmp_path).defaults == SamplingOptions(temperature=0.5), "nothing that could refuse a request"
+    (warning,) = caplog.records
+    assert warning.levelname == "WARNING"
+    message = warning.getMessage()
+    _, _, told = message.partition("generation_config.json: not followed: ")
+    assert re.findall(r"(\w+)=", told) == sorted(unheeded)
+    assert "num_beams=4" in told
+    assert len(message) < 600
+
+
+def test_neutral_values_in_generation_config_are_worth_no_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny.save_tiny("llama", tmp_path)
+    write_json(
+        tmp_path / "generation_config.json", do_sample=True, num_beams=1, no_repeat_ngram_size=0, max_new_tokens=None,
+        max_length=512, suppress_tokens=[], guidance_scale=1.0, length_penalty=2.0, use_cache=True, top_k=5, top_p=0.9,
+        transformers_version="5.0", bos_token_id=0, pad_token_id=[0], eos_token_id=[1], stop_strings=["x"],
+    )  # fmt: skip
+    open_directory(tmp_path)
+    assert caplog.records == []
+    theirs = transformers.GenerationConfig(bos_token_id=0, eos_token_id=1, do_sample=True, temperature=0.5)
+    theirs.save_pretrained(tmp_path)
+    open_directory(tmp_path)
+    assert caplog.records == []
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"stop_strings": 7}, r"generation_config.json.*stop_strings is 7; it must be a list of strings"),
+        ({"stop_strings": ["a", ""]}, r"generation_config.json: sampling.stop\[1\]: '' .* 1 to 1024 bytes"),
         ({"temperature": -1.0}, "generation_config.json.*temperature.*-1.0"),
         ({"temperature": "hot"}, "generation_config.json.*temperature.*'hot'"),
         ({"top_k": 2.5}, "generation_config.json.*top_k.*2.5"),
@@ -437,6 +485,10 @@ def test_damaged_json_is_refused_with_file_line_and_column(tmp_path: Path) -> No
     whole = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(whole[:-20])
     with pytest.raises(ModelError, match=r"config\.json: not JSON at line \d+, column \d+"):
+        open_directory(tmp_path)
+    (tmp_path / "config.json").write_text(whole)
+    (tmp_path / "tokenizer.json").write_text("")
+    with pytest.raises(ModelError, match=r"tokenizer\.json: not JSON at line 1, column 1: Expecting value"):
         open_directory(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ModelError, match=r"config\.json: cannot be read"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,7 +71,8 @@ def test_a_stream_starts_with_started_ends_with_finished_and_says_what_transform
     assert kinds(responses) == ["started", *["delta"] * (len(responses) - 2), "finished"]
     assert tokens_of(responses) == greedy(tiny[1], PROMPT, 24)
     started, finished = responses[0].started, responses[-1].finished
-    assert (started.prompt_tokens, started.kernels, started.dtype) == (20, "reference", "F32")
+    assert (started.prompt_tokens, started.dtype) == (20, "F32")
+    assert started.kernels == "reference" or started.kernels.startswith("cpu-")
     assert len(started.model_hash) == 32
     assert finished.completions[0].finish_reason == v1.FINISH_REASON_LENGTH
     assert finished.completions[0].completion_tokens == finished.usage.completion_tokens == 24
@@ -96,7 +99,7 @@ def test_the_model_is_described(client: Any, live: LiveServer, tiny: tuple[Path,
     assert (model.architecture.n_heads, model.architecture.n_kv_heads) == (4, 2)
     assert model.architecture.n_parameters == sum(p.numel() for p in tiny[1].parameters())
     assert list(model.architecture.windows) == [0, 0, 0]
-    assert (model.limits.max_context, model.limits.page_size, model.limits.max_n) == (512, 16, 128)
+    assert (model.limits.max_context, model.limits.page_size, model.limits.max_n) == (512, 16, 64)
     assert model.limits.total_pages == live.engine.scheduler.pool.capacity
     assert (model.text.bos_token_id, list(model.text.eos_token_ids)) == (0, [1])
     assert "im_start" in model.text.chat_template
@@ -111,6 +114,7 @@ def test_health_is_told_for_the_server_and_the_service(live: LiveServer) -> None
         with pytest.raises(grpc.RpcError) as raised:
             health.Check(health_pb2.HealthCheckRequest(service="nobody"))
         assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+        assert raised.value.details() == "service: 'nobody' is not served; there are '', 'cutaway.v1.Inference'"
 
 
 def test_reflection_lists_the_services_and_hands_out_the_contract(live: LiveServer) -> None:
@@ -172,6 +176,18 @@ def test_echo_is_the_first_delta_of_every_completion(client: Any) -> None:
         assert [token.HasField("logprob") for token in echo.tokens] == [False, *[True] * (len(prompt) - 1)]
         assert len(tokens_of(responses, index)) == len(prompt) + 4
     assert responses[-1].finished.usage.completion_tokens == 8
+
+
+@pytest.mark.parametrize("echo", [True, False])
+def test_a_character_that_begins_in_the_prompt_ends_in_the_completion(client: Any, echo: bool) -> None:
+    tokens = [client.Tokenize(v1.TokenizeRequest(text=text, add_special_tokens=False)).ids for text in ("è", "x")]
+    (lead, grave), (x,) = tokens
+    request = asking([x, lead], max_tokens=2, logit_bias={grave: 100}, ask_echo=echo, n=2)
+    responses = list(client.Generate(request))
+    for index in range(2):
+        made = tokens_of(responses, index)
+        assert made == [*([x, lead] if echo else []), grave, grave]
+        assert text_of(responses, index) == ("xè\ufffd" if echo else "è\ufffd")
 
 
 def test_max_tokens_0_scores_the_prompt_and_says_nothing(client: Any) -> None:
@@ -325,6 +341,32 @@ def test_requests_over_the_queue_are_refused_with_a_time_to_wait(tiny: tuple[Pat
         assert eventually(lambda: live.server.desk.names == {"r0"})
         assert len(tokens_of(list(calls[0]))) == 512 - len(PROMPT)
         assert eventually(live.is_clean)
+
+
+def test_texts_wait_to_be_tokenised_in_as_many_places_as_requests_may_run_and_wait(tiny: tuple[Path, Any]) -> None:
+    options = {"max_running": 8, "max_queued": 1, "tokenizer_threads": 1}
+    with serving(tiny[0], **options) as live, stub(live.address) as client:
+        busy, workers = threading.Event(), live.server._workers
+        blocked = asyncio.run_coroutine_threadsafe(workers.run(busy.wait), live.loop)
+        calls = [client.Generate(asking("hello", max_tokens=4)) for _ in range(8)]
+        try:
+            assert eventually(lambda: workers._taken == 9)
+            with pytest.raises(grpc.RpcError) as raised:
+                client.Tokenize(v1.TokenizeRequest(text="one too many"))
+        finally:
+            busy.set()
+        assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert int(dict(raised.value.trailing_metadata())["retry-after-ms"]) > 0
+        assert [len(tokens_of(list(call))) for call in calls] == [4] * 8, "as many as run at once"
+        assert blocked.result(10)
+        assert client.GetModel(v1.GetModelRequest()).limits.max_n == 8
+
+
+def test_empty_text_has_the_tokens_that_are_added_and_no_more(client: Any) -> None:
+    assert list(client.Tokenize(v1.TokenizeRequest(text="")).ids) == [0]
+    nothing = client.Tokenize(v1.TokenizeRequest(text="", add_special_tokens=False, merges=True))
+    assert (list(nothing.ids), list(nothing.merges)) == ([], [])
+    assert next(iter(client.Generate(asking("", max_tokens=1)))).started.prompt_tokens == 1
 
 
 def test_a_reader_who_never_reads_is_cut_off_at_the_backlog(tiny: tuple[Path, Any]) -> None:

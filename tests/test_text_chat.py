@@ -8,7 +8,8 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from time import monotonic
+from threading import Event
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -357,3 +358,26 @@ def test_a_process_that_died_is_replaced() -> None:
     template._process.kill()
     template._process.wait()
     assert template.render(conversation("y"), add_generation_prompt=False) == "y"
+
+
+def test_looking_for_special_tokens_in_a_long_message_holds_no_other_thread_up(tmp_path: Path) -> None:
+    model = TextModel.from_directory(saved(with_turns(byte_level()), tmp_path))
+    message = ChatMessage("user", "The harbour lay quiet, <|im_en " * 150_000)
+    gaps: list[float] = []
+    found = Event()
+
+    def tick() -> None:
+        last = monotonic()
+        while not found.is_set():
+            sleep(0.001)
+            gaps.append(monotonic() - last)
+            last = monotonic()
+
+    with ThreadPoolExecutor(1) as pool:
+        ticking = pool.submit(tick)
+        start = monotonic()
+        assert model._chat.shielded([message]) == [message]
+        took = monotonic() - start
+        found.set()
+        ticking.result()
+    assert max(gaps) < took / 2

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from time import perf_counter
+from types import SimpleNamespace
 
 import pytest
 from cutaway_server.model.gguf_file import GgufReader
-from cutaway_server.text.stream import CompletionText, Shown, StreamDecoder
+from cutaway_server.text.stream import CompletionText, Shown, StreamDecoder, stop_texts
 from cutaway_server.text.tokenizer import TextModel
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -46,6 +47,10 @@ def streamed(model: TextModel, ids: Sequence[int], *, skipping: bool = True) -> 
     return [*map(decoder.push, ids), decoder.finish()]
 
 
+def completion_of(model: TextModel, stops: Sequence[str], min_tokens: int = 0) -> CompletionText:
+    return CompletionText(StreamDecoder(model), stop_texts(stops), min_tokens)
+
+
 @settings(max_examples=500, deadline=None)
 @given(data=st.data(), skipping=st.booleans())
 def test_a_stream_of_any_tokens_joins_to_what_they_decode_to(
@@ -53,6 +58,70 @@ def test_a_stream_of_any_tokens_joins_to_what_they_decode_to(
 ) -> None:
     ids = data.draw(st.lists(st.integers(0, model.vocab_size + 1) | st.integers(0, 260), max_size=40))
     assert "".join(streamed(model, ids, skipping=skipping)) == model.decode(ids, skip_special_tokens=skipping)
+
+
+@settings(max_examples=500, deadline=None)
+@given(data=st.data(), skipping=st.booleans())
+def test_a_completion_goes_on_where_its_prompt_ends(data: st.DataObject, skipping: bool, model: TextModel) -> None:
+    some_ids = st.lists(st.integers(0, model.vocab_size + 1) | st.integers(0, 260), max_size=12)
+    prompt, completions = data.draw(some_ids), data.draw(st.lists(some_ids, max_size=3))
+    read = StreamDecoder(model, skipping)
+    echo = "".join(map(read.push, prompt))
+    for ids in completions:
+        fork = read.fork()
+        text = "".join([*map(fork.push, ids), fork.finish()])
+        assert echo + text == model.decode([*prompt, *ids], skip_special_tokens=skipping)
+
+
+@settings(max_examples=500, deadline=None)
+@given(data=st.data(), skipping=st.booleans())
+def test_a_completion_without_its_prompt_is_what_decoding_adds_to_the_prompts_text(
+    data: st.DataObject, skipping: bool, model: TextModel
+) -> None:
+    some_ids = st.lists(st.integers(0, model.vocab_size + 1) | st.integers(0, 260), max_size=12)
+    the = model.encode("the", add_special_tokens=False).ids
+    prompt, ids = [*the, *data.draw(some_ids)], data.draw(some_ids)
+    before = model.decode(prompt, skip_special_tokens=skipping)
+    whole = model.decode([*prompt, *ids], skip_special_tokens=skipping)
+    if whole.startswith(before):  # else a byte of the prompt reads differently now: see below
+        assert alone(model, prompt, ids, skipping=skipping) == whole[len(before) :]
+
+
+def alone(model: TextModel, prompt: Sequence[int], ids: Sequence[int], *, skipping: bool = True) -> str:
+    decoder = StreamDecoder(model, skipping)
+    decoder.skim(prompt)
+    decoder.disown()
+    return "".join([*map(decoder.push, ids), decoder.finish()])
+
+
+def test_only_the_prompts_first_space_is_dropped(model: TextModel) -> None:
+    prompt, more = (model.encode(text, add_special_tokens=False).ids for text in ("the", " fox"))
+    if model.spelling.kind == "sentencepiece":
+        more = model.encode("fox", add_special_tokens=False).ids  # its first piece begins with the space
+    assert alone(model, prompt, more) == " fox"
+    assert alone(model, [], more) == model.decode(more)
+
+
+def test_a_character_that_the_completion_completes_is_the_completions(model: TextModel) -> None:
+    e, acute = (byte_token(model, byte) for byte in "é".encode())
+    x = byte_token(model, ord("x"))
+    assert alone(model, [x, e], [acute, x]) == "éx"
+    assert alone(model, [x, e], []) == ""
+
+
+def byte_token(model: TextModel, byte: int) -> int:
+    single = [token for token in range(model.vocab_size) if model.token_bytes(token) == bytes([byte])]
+    return next((token for token in single if model.spelling.byte(model.piece(token) or "") == byte), single[0])
+
+
+def test_of_a_prompt_that_is_not_sent_only_the_end_is_read(model: TextModel) -> None:
+    ids = model.encode("the quick brown fox 👾 " * 200, add_special_tokens=False).ids * 10
+    read = []
+    piece = model.piece
+    counting = SimpleNamespace(spelling=model.spelling, special_token_ids=model.special_token_ids)
+    counting.piece = lambda token: (read.append(token), piece(token))[1]
+    StreamDecoder(counting).skim(ids)
+    assert len(read) < 20
 
 
 def test_a_stream_shows_no_half_character(model: TextModel) -> None:
@@ -88,7 +157,7 @@ def test_a_token_costs_the_same_however_long_the_text_is(model: TextModel) -> No
     ids = model.encode("the quick brown fox 👾 " * 200, add_special_tokens=False).ids * 10
 
     def seconds(count: int) -> float:
-        completion = CompletionText(model, ("zzz", "foxes"), True, 0)
+        completion = completion_of(model, ("zzz", "foxes"))
         start = perf_counter()
         for token in ids[:count]:
             completion.push(token)
@@ -100,7 +169,7 @@ def test_a_token_costs_the_same_however_long_the_text_is(model: TextModel) -> No
 
 def shown(model: TextModel, tokens: str, stops: Sequence[str], min_tokens: int = 0) -> list[str | tuple[str, str]]:
     """What is shown with each of the tokens that `tokens` names; with its stop text for the one that ends it."""
-    completion = CompletionText(model, tuple(stops), True, min_tokens)
+    completion = completion_of(model, stops, min_tokens)
     result: list[str | tuple[str, str]] = []
     for piece in tokens.split():
         told = completion.push(number(model, piece))
@@ -144,7 +213,7 @@ def test_stop_texts_within_the_first_tokens_do_not_count(letters: TextModel) -> 
 
 def test_a_stop_text_in_what_was_left_is_cut_off_and_told(letters: TextModel) -> None:
     lead = letters.encode("é", add_special_tokens=False).ids[0]
-    completion = CompletionText(letters, ("\ufffd",), True, 0)
+    completion = completion_of(letters, ("\ufffd",))
     assert completion.push(lead) == Shown("")
     assert (completion.finish(), completion.stop) == ("", "\ufffd")
 
@@ -159,7 +228,7 @@ def test_a_stop_text_in_what_was_left_is_cut_off_and_told(letters: TextModel) ->
 def test_completions_end_where_a_naive_search_says(
     pieces: list[str], stops: list[str], min_tokens: int, letters: TextModel
 ) -> None:
-    completion = CompletionText(letters, tuple(stops), True, min_tokens)
+    completion = completion_of(letters, stops, min_tokens)
     told = [completion.push(number(letters, piece)) for piece in pieces]
     text = "".join(part.text for part in told) + completion.finish()
     whole = "".join(pieces)

@@ -51,7 +51,7 @@ def chat(*turns: tuple[str, str]) -> v1.GenerateRequest:
 
 REQUESTS: dict[str, tuple[v1.GenerateRequest, str]] = {
     "no prompt": (v1.GenerateRequest(), r"prompt: None .* text, token_ids and chat"),
-    "empty text": (asking(""), r"text: '' .* at least one character"),
+    "text of no tokens": (asking("", ask_add_special_tokens=False), r"prompt: '0 tokens' .* at least one token"),
     "empty ids": (asking([]), r"token_ids: '0 ids' .* at least one"),
     "empty chat": (chat(), r"chat.messages: '0 messages' .* at least one"),
     "negative id": (asking([40, -1]), r"token_ids.ids\[1\]: -1 .* \[0, 512\)"),
@@ -141,6 +141,33 @@ def test_wrong_texts_and_ids_are_told_likewise(client: Any, method: str, request
         getattr(client, method)(request_)
     assert raised.value.code() is INVALID
     assert re.match(told, raised.value.details()), raised.value.details()
+
+
+INFERENCE = "/cutaway.v1.Inference/"
+METHODS = [
+    *(INFERENCE + method.name for method in v1.DESCRIPTOR.services_by_name["Inference"].methods),
+    *("/grpc.health.v1.Health/" + name for name in ("Check", "Watch")),
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+]
+NO_MESSAGES = [(method, data) for method in METHODS for data in (b"\xff\xff\xff", b"\x12\x7f")]
+NOT_UTF8 = [(INFERENCE + "Generate", b"\x12\x02\xff\xfe"), (INFERENCE + "Tokenize", b"\x0a\x02\xff\xfe")]
+
+
+def test_bytes_that_are_no_message_are_refused_by_every_method_in_one_line_of_the_log(
+    live: LiveServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with grpc.insecure_channel(live.address) as channel:
+        for method, data in NO_MESSAGES + NOT_UTF8:
+            with pytest.raises(grpc.RpcError) as raised:
+                list(channel.stream_stream(method)(iter([data]), timeout=20))
+            told = (
+                rf"message: '{len(data)} bytes' is not allowed: must be an encoded \S+Request with its texts in UTF-8"
+            )
+            assert raised.value.code() is INVALID, method
+            assert re.fullmatch(told, raised.value.details()), raised.value.details()
+    assert len(caplog.records) == len(NO_MESSAGES + NOT_UTF8)
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_a_message_over_the_limit_is_refused(tiny: Path) -> None:

@@ -47,7 +47,7 @@ class PromptToken:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The request is computed from now on: what was found in the prefix cache, and what computes."""
+    """The request is computed from now on, or was aborted in the queue: what was cached, and what computes."""
 
     request_id: str
     prompt_tokens: int

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from dataclasses import replace
 
 from cutaway import replies
 from cutaway.errors import Cancelled, CutawayError, ServerError
@@ -60,13 +59,8 @@ class Transcript:
                 pass  # an event of a later version of the protocol
 
     def _take_delta(self, delta: pb.Delta) -> None:
-        told = self._tokens[delta.index]
         tokens = [replies.token(wire, delta.index) for wire in delta.tokens]
-        if not tokens and told:  # an aborted completion gives up the text it held back
-            joined = replace(told[-1], text=told[-1].text + delta.text)
-            self._pending = deque(joined if token is told[-1] else token for token in self._pending)
-            told[-1] = joined
-        told.extend(tokens)
+        self._tokens[delta.index].extend(tokens)
         self._pending.extend(tokens)
 
     def _finish(self, wire: pb.Finished) -> None:

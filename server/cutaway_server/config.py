@@ -74,7 +74,9 @@ class Config(BaseModel):
         "auto", description="What to compute in; auto: bfloat16 where the machine has it."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute; auto: cuda if there is one.")
-    kernels: Literal["auto", "reference"] = Field("auto", description="Which operations compute.")
+    kernels: Literal["auto", "reference", "cpu"] = Field(
+        "auto", description="Which operations compute; auto: the native ones on a CPU, where a C compiler is found."
+    )
     threads: Threads | None = Field(None, description="CPU threads that compute. Default: the cores allowed.")
     kv_cache_memory: Annotated[Bytes, Field(ge=1)] | None = Field(
         None, description="Bytes of KV cache. Default: from --memory-utilization."
@@ -151,9 +153,7 @@ def _checked(values: Mapping[str, Given], *, strict: bool = False) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         given = values[str(first["loc"][0])]
-        rule = re.sub(
-            r"^(Value error, |\w+ should (?=be |have ))", lambda m: "must " if "should" in m[0] else "", first["msg"]
-        )
+        rule = re.sub(r"^\w+ should ", "must ", first["msg"].removeprefix("Value error, "))
         raise ConfigError(f"{given.where}: {given.value!r} is not allowed: {rule}") from None
 
 

@@ -450,7 +450,7 @@ Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 
 @_typing.final
 class Started(_message.Message):
-    """The request is computed from now on."""
+    """The request is computed from now on, or was aborted while it waited in the queue."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -506,8 +506,8 @@ class Delta(_message.Message):
     index: _builtins.int
     """Which of the n completions."""
     text: _builtins.str
-    """Text that can now be shown: the tokens' texts joined. Without tokens, it is text that an aborted completion had
-    held back, and belongs to its last token.
+    """Text that can now be shown: the tokens' texts joined. Every text comes with a token: while a completion holds text
+    back, its last token waits for the next one or for the end, which sets the rest free.
     """
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
@@ -543,7 +543,8 @@ class Token(_message.Message):
     """Its id."""
     text: _builtins.str
     """The text that can be shown with it. Empty while characters are incomplete or could be part of a stop text; what
-    was held back comes with a later token.
+    was held back comes with a later token, or with the last. The texts of a completion go on where the prompt's ended:
+    they may begin with a space, or with a character whose first bytes are the prompt's.
     """
     step: _builtins.int
     """The engine step that made it; 0 for echoed prompt tokens."""
@@ -747,7 +748,9 @@ class Timings(_message.Message):
     prefill_seconds: _builtins.float
     """From the first step to the first token."""
     decode_seconds: _builtins.float
-    """From the first to the last token."""
+    """From the first to the last token. The last may be one that was made before the engine heard of a stop text, and
+    that is not sent.
+    """
     preemptions: _builtins.int
     """How often the request was preempted and recomputed."""
     def __init__(

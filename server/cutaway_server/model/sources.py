@@ -7,8 +7,9 @@ import re
 import sys
 from pathlib import Path
 
+from cutaway_server.cache_directory import cache_directory
 from cutaway_server.errors import ModelError
-from cutaway_server.model.builtin import BUILTIN, Progress, cache_directory, fetch
+from cutaway_server.model.builtin import BUILTIN, Progress, fetch
 
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<file>[\w./ +-]+\.gguf))?")
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")  # never pickles, never code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cutaway.v1 import inference_pb2 as v1
@@ -23,7 +23,7 @@ from cutaway_server.service.outbox import token_size
 from cutaway_server.service.reply import Asked
 from cutaway_server.service.texts import encode_chat, encode_text, is_set, token_ids
 from cutaway_server.service.tokens import sampling_options, wire_token
-from cutaway_server.text.stream import CompletionText
+from cutaway_server.text.stream import CompletionText, StreamDecoder, stop_texts
 from cutaway_server.text.tokenizer import TextModel
 
 NAME = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -56,10 +56,24 @@ def ask(message: v1.GenerateRequest, model: TextModel, limits: Limits, arrival: 
         deadline,
         prefix_caching=is_set(message, "prefix_caching", default=True),
     )
-    skip = is_set(message, "skip_special_tokens", default=True)
-    echo = tuple(_echo(prompt, model, skip)) if message.echo else None
-    _check_echo(echo, request.sampling, limits.max_backlog)
-    return Asked(request, skip, echo)
+    return _asked(request, model, limits, skip=is_set(message, "skip_special_tokens", default=True), echo=message.echo)
+
+
+def _asked(request: Request, model: TextModel, limits: Limits, *, skip: bool, echo: bool) -> Asked:
+    """Do all that takes longer for a long prompt or long stop texts here, and not on the event loop."""
+    sampling = request.sampling
+    decoder = StreamDecoder(model, skip)
+    texts: tuple[str, ...] = ()
+    if echo or sampling.prompt_logprobs is not None:
+        texts = tuple(map(decoder.push, request.prompt))
+    else:
+        decoder.skim(request.prompt)
+    if not echo:
+        decoder.disown()  # what is pending belongs to the prompt, which is not sent
+    text = CompletionText(decoder, stop_texts(sampling.stop), sampling.min_tokens)
+    echoed = tuple(map(_echoed, request.prompt, texts)) if echo else None
+    _check_echo(echoed, sampling, limits.max_backlog)
+    return Asked(request, skip, text, texts, echoed)
 
 
 def _name(asked: str) -> str:
@@ -123,11 +137,8 @@ def _spellings(place: str, word: str, model: TextModel) -> list[tuple[int, ...]]
     return sorted(spelling for spelling in spellings if spelling)
 
 
-def _echo(prompt: tuple[int, ...], model: TextModel, skip_special_tokens: bool) -> Iterator[v1.Token]:
-    text = CompletionText(model, (), skip_special_tokens, 0)
-    tokens = [wire_token(token, text.push(token).text, 0, None) for token in prompt]
-    tokens[-1].text += text.finish()
-    yield from tokens
+def _echoed(token: int, text: str) -> v1.Token:
+    return wire_token(token, text, 0, None)
 
 
 def _check_echo(echo: tuple[v1.Token, ...] | None, sampling: SamplingParams, max_backlog: int) -> None:

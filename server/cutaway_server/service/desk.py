@@ -140,10 +140,12 @@ class Desk:
             self._hand_over(name, reply, event)
 
     def _hand_over(self, name: str, reply: Reply, event: Event) -> None:
+        if reply.failed:
+            return
         try:
             reply.add(event)
         except Exception:
             log.exception("request %s: its %s could not be told", name, type(event).__name__)
             reply.fail(EngineFailed("this request's events could not be put into messages"))
-        if reply.failed:  # what nobody will read need not be computed
+        if reply.failed and name in self._replies:  # what nobody will read need not be computed
             self._engine.abort(name)

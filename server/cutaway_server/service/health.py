@@ -28,7 +28,7 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
         """
         if request.service not in self._names:
             raise NotFound(f"service: {request.service!r} is not served; there are {', '.join(map(repr, self._names))}")
-        return await super().Check(request, context)  # type: ignore[no-any-return]
+        return await super().Check(request, context)
 
     async def Watch(self, request: HealthCheckRequest, context: Context) -> None:  # noqa: N802
         """Tell the state, and each change of it."""

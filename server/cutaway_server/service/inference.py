@@ -51,7 +51,7 @@ class Inference(InferenceServicer):
         limits = Limits(served.facts, self._max_prompt_bytes, self._max_backlog)
         asked = await self._workers.run(partial(ask, request, served.text, limits, arrival, deadline))
         facts = v1.Started(model_hash=served.facts.model_hash, kernels=served.facts.kernels, dtype=served.facts.dtype)
-        make = partial(Reply, asked, served.text, facts, self._max_backlog)
+        make = partial(Reply, asked, facts, self._max_backlog)
         with self._desk.stream(asked.request, make) as reply:
             while messages := await reply.take():
                 for message in messages:

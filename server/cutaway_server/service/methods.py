@@ -9,14 +9,20 @@ from google.protobuf.message_factory import GetMessageClass
 
 from cutaway_server.service.status import answering
 
+MAKERS = {  # by whether requests, and responses, are streams
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
 
-def methods_of(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler:
+
+def methods_of(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler[bytes, Message]:
     """The methods of `service`, each behind `answering`."""
     handlers = {method.name: _handler(method, servicer) for method in service.methods}
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
 
 def _handler(method: MethodDescriptor, servicer: object) -> grpc.RpcMethodHandler[bytes, Message]:
-    make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
+    make = MAKERS[method.client_streaming, method.server_streaming]
     behaviour = answering(getattr(servicer, method.name), GetMessageClass(method.input_type))
     return make(behaviour, response_serializer=GetMessageClass(method.output_type).SerializeToString)

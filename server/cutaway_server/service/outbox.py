@@ -7,7 +7,8 @@ messages and a quick one gets each token at once. Used on the event loop only.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cutaway.v1 import inference_pb2 as v1
@@ -17,12 +18,37 @@ from cutaway_server.service.status import Backlog
 MESSAGE_BYTES = 2**20  # stock clients refuse messages over 4 MiB
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A delta that several completions send alike. `size`: its bytes, roughly and at least."""
+
+    delta: v1.Delta
+    size: int
+
+
 @dataclass(slots=True)
-class _Delta:
-    """A delta that can still grow."""
+class _Waiting:
+    """A message that waits: a delta may still grow."""
 
     message: v1.GenerateResponse
+    size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _WaitingCopy:
+    """A message that is made only when it is sent: `tail` joins its last token."""
+
+    shared: v1.Delta
     size: int
+    index: int
+    tail: str
+
+    @property
+    def message(self) -> v1.GenerateResponse:
+        message = v1.GenerateResponse(delta=self.shared)
+        message.delta.index = self.index
+        message.delta.tokens[-1].text += self.tail
+        return message
 
 
 class Outbox:
@@ -31,8 +57,8 @@ class Outbox:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._messages: list[v1.GenerateResponse] = []
-        self._growing: dict[int, _Delta] = {}  # by index of the completion
+        self._waiting: deque[_Waiting | _WaitingCopy] = deque()
+        self._growing: dict[int, _Waiting] = {}  # by index of the completion
         self._closed = False
         self._error: Exception | None = None
         self._news = asyncio.Event()
@@ -44,27 +70,22 @@ class Outbox:
 
     def put(self, message: v1.GenerateResponse) -> None:
         """Add a message that nothing may join."""
-        self._messages.append(message)
-        self._account(message.ByteSize())
+        self._add(_Waiting(message, message.ByteSize()))
+
+    def put_shared(self, index: int, shared: Shared, tail: str = "") -> None:
+        """Add a delta for completion `index` that nothing may join, with `tail` after its last token's text."""
+        self._add(_WaitingCopy(shared.delta, shared.size + len(tail), index, tail))
 
     def put_token(self, index: int, token: v1.Token) -> None:
         """Add a token of completion `index`."""
         size = token_size(token)
         delta = self._growing.get(index)
         if delta is None or delta.size + size > MESSAGE_BYTES:
-            delta = self._start(index)
+            delta = self._growing[index] = _Waiting(v1.GenerateResponse(delta=v1.Delta(index=index)))
+            self._add(delta)
         delta.message.delta.tokens.append(token)
         delta.size += size
         self._account(size)
-
-    def put_tail(self, index: int, text: str) -> None:
-        """Add text that belongs to the last token of completion `index`, even if that is read already."""
-        delta = self._growing.get(index) or self._start(index)
-        if delta.message.delta.tokens:
-            delta.message.delta.tokens[-1].text += text
-        else:
-            delta.message.delta.text = text
-        self._account(len(text))
 
     def close(self, error: Exception | None = None) -> None:
         """Say that nothing more comes: the end, or, after what waits, `error`. The first call counts."""
@@ -75,41 +96,67 @@ class Outbox:
     def discard(self) -> None:
         """Forget everything: nobody reads any more."""
         self.close()
-        self._messages, self._growing = [], {}
+        self._forget()
 
     async def take(self) -> Sequence[v1.GenerateResponse]:
-        """Everything that waits, or the next that comes; empty at the end.
+        """What waits, up to about `MESSAGE_BYTES` at once, or the next that comes; empty at the end.
 
         Raises:
             Exception: what `close` was told, once everything is taken.
         """
         await self._news.wait()
-        messages = self._messages
-        if not messages and self._error is not None:
+        if not self._waiting and self._error is not None:
             raise self._error
-        self._messages, self._growing, self._bytes = [], {}, 0
-        if not self._closed:
+        messages = list(self._taken())
+        if not self._waiting and not self._closed:
             self._news.clear()
         for message in messages:
             if message.delta.tokens:
                 message.delta.text = "".join(token.text for token in message.delta.tokens)
         return messages
 
-    def _start(self, index: int) -> _Delta:
-        delta = _Delta(v1.GenerateResponse(delta=v1.Delta(index=index)), 0)
-        self._messages.append(delta.message)
-        self._growing[index] = delta
-        return delta
+    def _taken(self) -> Iterator[v1.GenerateResponse]:
+        size = 0
+        while self._waiting and (size == 0 or size + self._waiting[0].size <= MESSAGE_BYTES):
+            taken = self._waiting.popleft()
+            size += taken.size
+            self._bytes -= taken.size
+            message = taken.message
+            if self._growing.get(message.delta.index) is taken:
+                del self._growing[message.delta.index]
+            yield message
+
+    def _add(self, waiting: _Waiting | _WaitingCopy) -> None:
+        self._waiting.append(waiting)
+        self._account(waiting.size)
 
     def _account(self, size: int) -> None:
         self._bytes += size
         self._news.set()
         if self._bytes > self._max_bytes:
-            self._messages, self._growing = [], {}
+            self._forget()
             rule = f"over {self._max_bytes} bytes of it are unread; read faster, or ask for less per token"
             self.close(Backlog(f"the stream is not read: {rule}"))
+
+    def _forget(self) -> None:
+        self._waiting.clear()
+        self._growing.clear()
 
 
 def token_size(token: v1.Token) -> int:
     """Bytes of a token in a message, roughly and at least: quick to tell, for bounds."""
     return 32 + 2 * len(token.text.encode()) + 16 * len(token.top_logprobs)
+
+
+def parts(tokens: Iterable[v1.Token]) -> Iterator[list[v1.Token]]:
+    """Runs of tokens that each fit a message."""
+    part: list[v1.Token] = []
+    size = 0
+    for token in tokens:
+        size += token_size(token)
+        if part and size > MESSAGE_BYTES:
+            yield part
+            part, size = [], token_size(token)
+        part.append(token)
+    if part:
+        yield part

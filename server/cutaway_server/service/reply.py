@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from cutaway.v1 import inference_pb2 as v1
 
@@ -11,7 +12,6 @@ from cutaway_server.request import (
     CompletionEnded,
     Event,
     FinishReason,
-    Logprobs,
     PromptScored,
     Request,
     RequestEnded,
@@ -20,10 +20,9 @@ from cutaway_server.request import (
     Started,
     Timings,
 )  # fmt: skip
-from cutaway_server.service.outbox import MESSAGE_BYTES, Outbox, token_size
+from cutaway_server.service.outbox import Outbox, Shared, parts, token_size
 from cutaway_server.service.tokens import wire_token
 from cutaway_server.text.stream import CompletionText
-from cutaway_server.text.tokenizer import TextModel
 
 REASONS = {
     FinishReason.STOP: v1.FINISH_REASON_STOP,
@@ -34,11 +33,17 @@ REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request, and how its answer is to look. `echo`: the prompt's tokens, to be sent before each completion."""
+    """A request, and how its answer is to look.
+
+    `text` has taken the prompt: each completion goes on from a fork of it. `prompt_texts` are those of the prompt's
+    tokens, if they are to be sent. `echo`: the prompt's tokens, to be sent before each completion.
+    """
 
     request: Request
     skip_special_tokens: bool
-    echo: Sequence[v1.Token] | None
+    text: CompletionText
+    prompt_texts: Sequence[str] = ()
+    echo: Sequence[v1.Token] | None = None
 
 
 @dataclass(slots=True)
@@ -48,37 +53,30 @@ class _Completion:
     text: CompletionText
     tokens: int = 0
     begun: bool = False
+    last: v1.Token | None = None  # not sent yet: what ends the completion may set text free that it holds back
     ended: v1.Completion | None = None
 
 
 class Reply:
     """The answer to one request. Used on the event loop only."""
 
-    def __init__(
-        self, asked: Asked, model: TextModel, served: v1.Started, max_backlog: int, end_early: Callable[[int], None]
-    ) -> None:
+    def __init__(self, asked: Asked, served: v1.Started, max_backlog: int, end_early: Callable[[int], None]) -> None:
         """Prepare an answer.
 
         Args:
             asked: what was asked.
-            model: turns tokens into text.
             served: the facts of the server that the first message tells.
             max_backlog: bytes that may wait for the reader.
             end_early: ends the completion of an index in the engine, because a stop text is found.
         """
-        sampling = asked.request.sampling
         self._asked = asked
         self._end_early = end_early
         self._outbox = Outbox(max_backlog)
         self._started = False
         self._cached_tokens = 0
         self._served = served
-        self._prompt_text = CompletionText(model, (), asked.skip_special_tokens, 0)
-        self._prompt_logprobs: dict[int, Logprobs] = {}  # by position, kept for the echo
-        self._completions = [
-            _Completion(CompletionText(model, sampling.stop, asked.skip_special_tokens, sampling.min_tokens))
-            for _ in range(sampling.n)
-        ]
+        self._echo = list(asked.echo or ())
+        self._completions = [_Completion(asked.text.fork()) for _ in range(asked.request.sampling.n)]
         self.failed = False
 
     async def take(self) -> Sequence[v1.GenerateResponse]:
@@ -99,6 +97,8 @@ class Reply:
     def fail(self, error: Exception) -> None:
         """End with an error, after what waits."""
         self.failed = True
+        for index in range(len(self._completions)):
+            self._send_last(index)
         self._outbox.close(error)
 
     def leave(self) -> None:
@@ -133,31 +133,43 @@ class Reply:
         started.cached_tokens = cached_tokens
         started.seed = self._asked.request.sampling.seed
         self._outbox.put(v1.GenerateResponse(started=started))
-        self._prompt_text.push(self._asked.request.prompt[0])  # has no log-probability, but may begin a character
 
     def _scored(self, event: PromptScored) -> None:
-        if self._asked.echo is not None:
-            self._prompt_logprobs.update(enumerate(event.logprobs, event.position))
+        places = slice(event.position, event.position + len(event.tokens))
         tokens = [
-            wire_token(token, self._prompt_text.push(token).text, 0, logprobs)
-            for token, logprobs in zip(event.tokens, event.logprobs, strict=True)
+            wire_token(token, text, 0, logprobs)
+            for token, text, logprobs in zip(
+                event.tokens, self._asked.prompt_texts[places], event.logprobs, strict=True
+            )
         ]
+        if self._asked.echo is not None:
+            self._echo[places] = tokens
         position = event.position
-        for part in _split(tokens):
+        for part in parts(tokens):
             scores = v1.PromptLogprobs(position=position, tokens=part)
             self._outbox.put(v1.GenerateResponse(prompt_logprobs=scores))
             position += len(part)
 
     def _sampled(self, event: Sampled) -> None:
-        completion = self._begun(event.index)
+        completion = self._completions[event.index]
         if completion.ended is not None:
             return  # the engine made it before it heard of the stop text
+        self._begin(event.index)
+        self._send_last(event.index)
         completion.tokens += 1
         shown, stop = self._show(completion.text, event.token)
-        self._outbox.put_token(event.index, wire_token(event.token, shown, event.step, event.logprobs))
+        completion.last = wire_token(event.token, shown, event.step, event.logprobs)
+        if not completion.text.pending:
+            self._send_last(event.index)
         if stop is not None:
             completion.ended = _stopped(event.index, completion.tokens, stop)
             self._end_early(event.index)
+
+    def _send_last(self, index: int) -> None:
+        completion = self._completions[index]
+        last, completion.last = completion.last, None
+        if last is not None:
+            self._outbox.put_token(index, last)
 
     def _show(self, text: CompletionText, token: int) -> tuple[str, str | None]:
         sampling = self._asked.request.sampling
@@ -168,11 +180,14 @@ class Reply:
         return shown.text, shown.stop
 
     def _ended(self, event: CompletionEnded) -> None:
-        completion = self._begun(event.index)
+        completion = self._completions[event.index]
         if completion.ended is not None:
             return
-        if tail := completion.text.finish():
-            self._outbox.put_tail(event.index, tail)
+        tail = completion.text.finish()
+        if completion.last is not None:
+            completion.last.text += tail
+            self._send_last(event.index)
+        self._begin(event.index, tail)
         if completion.text.stop is not None:  # it took the last characters to complete it
             completion.ended = _stopped(event.index, completion.tokens, completion.text.stop)
             return
@@ -182,22 +197,21 @@ class Reply:
         if event.stop_token is not None:
             completion.ended.stop_token_id = event.stop_token
 
-    def _begun(self, index: int) -> _Completion:
-        """The completion, its echo sent."""
+    def _begin(self, index: int, tail: str = "") -> None:
+        """Send, once, what comes before a completion's tokens; `tail` is text for the last token of its echo."""
         completion = self._completions[index]
         if not self._started:
             self._start(0)  # aborted in the queue: the first message is `started` all the same
-        if not completion.begun:
-            completion.begun = True
-            for part in _split(self._echo()):
-                text = "".join(token.text for token in part)
-                self._outbox.put(v1.GenerateResponse(delta=v1.Delta(index=index, text=text, tokens=part)))
-        return completion
+        if completion.begun:
+            return
+        completion.begun = True
+        for number, shared in enumerate(self._echoes, 1):
+            self._outbox.put_shared(index, shared, tail if number == len(self._echoes) else "")
 
-    def _echo(self) -> Iterator[v1.Token]:
-        for position, token in enumerate(self._asked.echo or ()):
-            logprobs = self._prompt_logprobs.get(position)
-            yield token if logprobs is None else wire_token(token.id, token.text, 0, logprobs)
+    @cached_property
+    def _echoes(self) -> list[Shared]:
+        """The echo in messages, with the prompt's log-probabilities: complete when the first completion begins."""
+        return [Shared(v1.Delta(tokens=part), sum(map(token_size, part))) for part in parts(self._echo)]
 
     def _finish(self, timings: Timings) -> None:
         completions = [completion.ended for completion in self._completions]
@@ -227,17 +241,3 @@ class Reply:
 def _stopped(index: int, tokens: int, stop: str) -> v1.Completion:
     reason = v1.FINISH_REASON_STOP
     return v1.Completion(index=index, finish_reason=reason, completion_tokens=tokens, stop=stop)
-
-
-def _split(tokens: Iterator[v1.Token] | Sequence[v1.Token]) -> Iterator[list[v1.Token]]:
-    """Runs of tokens that each fit a message."""
-    part: list[v1.Token] = []
-    size = 0
-    for token in tokens:
-        size += token_size(token)
-        if part and size > MESSAGE_BYTES:
-            yield part
-            part, size = [], token_size(token)
-        part.append(token)
-    if part:
-        yield part

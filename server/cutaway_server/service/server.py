@@ -9,7 +9,7 @@ import socket
 import grpc
 from cutaway.v1 import inference_pb2 as v1
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection_pb2
 
 from cutaway_server.config import Config
 from cutaway_server.engine.build import EngineFacts
@@ -18,6 +18,7 @@ from cutaway_server.service.desk import Backend, Desk
 from cutaway_server.service.health import Health, first_of
 from cutaway_server.service.inference import Inference, Served
 from cutaway_server.service.methods import methods_of
+from cutaway_server.service.reflection import Reflection
 from cutaway_server.service.workers import Workers
 from cutaway_server.text.tokenizer import TextModel
 
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 INFERENCE = v1.DESCRIPTOR.services_by_name["Inference"]
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
+REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
 FAREWELL_SECONDS = 2.0  # for the last messages of streams that are over
 
 
@@ -42,9 +44,9 @@ class Server:
         self._inference = Inference(self.desk, self._workers, config)
         self._health = Health(("", INFERENCE.full_name))
         self._grpc = grpc.aio.server(options=_options(config))
-        self._grpc.add_generic_rpc_handlers((methods_of(INFERENCE, self._inference), methods_of(HEALTH, self._health)))
-        names = (INFERENCE.full_name, HEALTH.full_name, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._grpc)
+        reflection = Reflection(service.full_name for service in (INFERENCE, HEALTH, REFLECTION))
+        parts = ((INFERENCE, self._inference), (HEALTH, self._health), (REFLECTION, reflection))
+        self._grpc.add_generic_rpc_handlers([methods_of(service, part) for service, part in parts])
 
     async def listen(self) -> str:
         """Take the port and answer, NOT_SERVING for now. The address, with the port that was picked.

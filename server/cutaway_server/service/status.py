@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from cutaway_server.errors import (
 log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Incoming = bytes | AsyncIterable[bytes]  # one message, or a stream of them
 R = TypeVar("R")
 
 
@@ -76,13 +77,14 @@ def status_of(error: Exception) -> Status:
 
 def answering(
     handler: Callable[[Any, Context], Awaitable[R]], kind: type[Message]
-) -> Callable[[bytes, Context], Awaitable[R]]:
-    """A method that parses its message itself, and makes whatever its handler raises the status of its call."""
+) -> Callable[[Incoming, Context], Awaitable[R]]:
+    """A method that parses what comes in itself, and makes whatever its handler raises the status of its call."""
 
     @functools.wraps(handler)
-    async def answered(data: bytes, context: Context) -> R:
+    async def answered(data: Incoming, context: Context) -> R:
         try:
-            return await handler(_parsed(data, kind), context)
+            request = _parsed(data, kind) if isinstance(data, bytes) else _each_parsed(data, kind)
+            return await handler(request, context)
         except Exception as error:
             status = status_of(error)
             if status.code is grpc.StatusCode.INTERNAL:
@@ -92,6 +94,11 @@ def answering(
             return await context.abort(status.code, status.message, status.trailing)
 
     return answered
+
+
+async def _each_parsed(stream: AsyncIterable[bytes], kind: type[Message]) -> AsyncIterator[Message]:
+    async for data in stream:
+        yield _parsed(data, kind)
 
 
 def _parsed(data: bytes, kind: type[Message]) -> Message:

@@ -132,7 +132,7 @@ class ChatEncoder:
 
     def _find(self, text: str) -> list[tuple[int, int, str]]:
         """Every added token that is written in `text`: start, end (in characters), token."""
-        encoding = self._finder.encode(text)
+        encoding = self._finder.encode_batch([text])[0]  # `encode` would hold the interpreter's lock all the while
         return [
             (start, end, token)
             for token, (start, end), number in zip(encoding.tokens, encoding.offsets, encoding.ids, strict=True)

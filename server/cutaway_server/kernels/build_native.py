@@ -1,0 +1,96 @@
+"""The native library from its sources: compiled once, in a second or two, into the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from cutaway_server.cache_directory import cache_directory
+
+log = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "native"
+# No contraction: the order and rounding of every operation is the source's own.
+COMMON = (
+    "-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden",
+)  # fmt: skip
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mprefer-vector-width=512")
+X86 = {
+    "amx": (*AVX512, "-mamx-tile", "-mamx-bf16", "-DCUTAWAY_AMX"),
+    "avx512": AVX512,
+    "avx512bf16": (*AVX512, "-mavx512bf16"),  # 0.7 x avx512 on the one machine measured, so never by itself
+    "avx2": ("-mavx2", "-mfma"),
+}
+
+
+def variants() -> dict[str, tuple[str, ...]]:
+    """The compiler's flags of every variant for this architecture, fastest first."""
+    return {**(X86 if platform.machine() in ("x86_64", "AMD64") else {}), "portable": ()}
+
+
+def build(cache: Path | None = None) -> Path | None:
+    """The library's file, compiled if it is not there yet; None, with one warning, where that cannot be done."""
+    compiler = _compiler()
+    if compiler is None:
+        log.warning("no C compiler (cc, gcc or clang) found: the slower reference kernels serve")
+        return None
+    library = (cache or cache_directory()) / f"kernels-{_key(compiler)}.so"
+    if library.exists():
+        return library
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            made = _compile(compiler, Path(scratch))
+            os.replace(made, library)  # whoever looks sees all of it or nothing
+    except (OSError, subprocess.TimeoutExpired) as error:
+        log.warning("the native kernels cannot be built, the slower reference kernels serve: %s", error)
+        return None
+    except subprocess.CalledProcessError as error:
+        log.warning("the native kernels do not compile, the slower reference kernels serve: %s", error.stderr[-2000:])
+        return None
+    return library
+
+
+def _compiler() -> str | None:
+    names = (os.environ.get("CC", ""), "cc", "gcc", "clang")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def _key(compiler: str) -> str:
+    """Changes with the sources, the flags and the compiler."""
+    digest = hashlib.blake2b(digest_size=12)
+    stat = Path(compiler).resolve().stat()
+    digest.update(repr((COMMON, variants(), compiler, stat.st_size, stat.st_mtime_ns, platform.machine())).encode())
+    for source in sorted(SOURCES.glob("*.[ch]")):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _compile(compiler: str, scratch: Path) -> Path:
+    jobs = {
+        name: (*COMMON, *flags, f"-DVARIANT={name}", "-c", str(SOURCES / "operations.c"))
+        for name, flags in variants().items()
+    }
+    jobs["support"] = (*COMMON, "-c", str(SOURCES / "support.c"))
+
+    def run(name: str) -> str:
+        target = str(scratch / f"{name}.o")
+        _run([compiler, *jobs[name], "-o", target])
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(run, jobs))
+    library = scratch / "kernels.so"
+    _run([compiler, "-shared", "-fopenmp", *objects, "-o", str(library), "-lm"])
+    return library
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)  # noqa: S603
