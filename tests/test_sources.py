@@ -13,8 +13,9 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from cutaway_server.cache_directory import cache_directory
 from cutaway_server.errors import ModelError
-from cutaway_server.model.builtin import GEMMA3, SMOLLM2, BuiltinModel, Part, cache_directory, fetch
+from cutaway_server.model.builtin import GEMMA3, SMOLLM2, BuiltinModel, Part, fetch
 from cutaway_server.model.sources import resolve
 
 HALVES = (b"GGUF" + bytes(range(256)) * 40, b"the other half" * 500)

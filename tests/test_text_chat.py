@@ -362,7 +362,7 @@ def test_a_process_that_died_is_replaced() -> None:
 
 def test_looking_for_special_tokens_in_a_long_message_holds_no_other_thread_up(tmp_path: Path) -> None:
     model = TextModel.from_directory(saved(with_turns(byte_level()), tmp_path))
-    message = ChatMessage("user", "The harbour lay quiet, <|im_en " * 150_000)
+    message = ChatMessage("user", "The harbour lay quiet, <|im_en " * 150_000 + ".")
     gaps: list[float] = []
     found = Event()
 
@@ -376,8 +376,9 @@ def test_looking_for_special_tokens_in_a_long_message_holds_no_other_thread_up(t
     with ThreadPoolExecutor(1) as pool:
         ticking = pool.submit(tick)
         start = monotonic()
-        assert model._chat.shielded([message]) == [message]
+        shielded = model._chat.shielded([message])
         took = monotonic() - start
         found.set()
         ticking.result()
+    assert shielded == [message]
     assert max(gaps) < took / 2
