@@ -6,11 +6,13 @@
 #define CUTAWAY_ATTENTION_H
 
 #include "product.h"
+#include "team.h"
 
 enum { SPLIT = 256, KEYS = 32, HEADS_A_TILE = 32 };
 
 typedef struct { /* rows of one sequence that read their keys together, for one key/value head */
     int64_t first, rows, sequence, head, from, upto; /* keys in [from, upto) */
+    int64_t work;                                    /* rows times keys */
 } QueryTile;
 
 typedef struct {
@@ -22,6 +24,9 @@ typedef struct {
     float *out, *lse;
     int64_t group, wide; /* query heads of a key head; d_head, padded to TILE */
     int64_t most;        /* query heads a tile has at most */
+    QueryTile *tiles;    /* the rest is planned by one thread of the team */
+    float *workspaces, *parts;
+    int64_t n_tiles, splits, part_floats; /* splits: most of a tile if they are tasks of their own, else 0 */
 } Attention;
 
 typedef struct { /* `most` rows of running softmax */
@@ -274,90 +279,101 @@ static int64_t make_tiles(const Attention *a, int64_t most_rows, QueryTile *tile
             int64_t left = a->step->query_starts[s + 1] - first, rows = left < most_rows ? left : most_rows;
             int64_t oldest = window ? a->step->positions[first] - window + 1 : 0;
             int64_t upto = a->step->positions[first + rows - 1] + 1;
+            if (oldest < 0) oldest = 0;
             for (int64_t head = 0; head < a->shape->n_kv_heads; head++, n++)
-                if (tiles) tiles[n] = (QueryTile){first, rows, s, head, oldest > 0 ? oldest : 0, upto};
+                if (tiles) tiles[n] = (QueryTile){first, rows, s, head, oldest, upto, rows * (upto - oldest)};
         }
     return n;
 }
 
-/* Tiles beside one another, each through all its splits. */
-static void attend_tiles(const Attention *a, const QueryTile *tiles, int64_t n, int64_t threads) {
-    size_t bytes = workspace_floats(a) * sizeof(float);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        float *memory = aligned_alloc(64, bytes);
-        Workspace w = workspace_at(a, memory);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = n - 1; i >= 0; i--) { /* the longest of a prompt first */
-            const QueryTile *t = tiles + i;
-            take_queries(a, t, w.q);
-            clear(a, t->rows * a->group, &w.all);
-            for (int64_t split = t->from / SPLIT; split * SPLIT < t->upto; split++) {
-                attend_split(a, t, split, &w, &w.part);
-                merge(a, t->rows * a->group, &w.part, &w.all);
-            }
-            write_out(a, t, &w.all);
-        }
-        free(memory);
-    }
+/* The longest first, so that none starts when the others are done. */
+static int by_work(const void *a, const void *b) {
+    int64_t first = ((const QueryTile *)a)->work, second = ((const QueryTile *)b)->work;
+    return (first < second) - (first > second);
 }
 
-/* Few tiles: their splits beside one another, then merged in the same order as above. */
-static void attend_splits(const Attention *a, const QueryTile *tiles, int64_t n, int64_t splits, int64_t threads) {
-    size_t bytes = workspace_floats(a) * sizeof(float);
-    int64_t each = (softmax_floats(a) + 15) / 16 * 16;
-    float *parts = aligned_alloc(64, n * splits * each * sizeof(float));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        float *memory = aligned_alloc(64, bytes);
-        Workspace w = workspace_at(a, memory);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < n * splits; i++) {
-            const QueryTile *t = tiles + i / splits;
-            int64_t split = i % splits;
-            if ((split + 1) * SPLIT <= t->from || split * SPLIT >= t->upto) continue;
-            Softmax part = softmax_at(a, parts + i * each);
-            take_queries(a, t, w.q);
-            attend_split(a, t, split, &w, &part);
-        }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < n; i++) {
-            const QueryTile *t = tiles + i;
-            clear(a, t->rows * a->group, &w.all);
-            for (int64_t split = t->from / SPLIT; split * SPLIT < t->upto; split++) {
-                Softmax part = softmax_at(a, parts + (i * splits + split) * each);
-                merge(a, t->rows * a->group, &part, &w.all);
-            }
-            write_out(a, t, &w.all);
-        }
-        free(memory);
-    }
-    free(parts);
-}
-
-static void attend(Attention *a) {
-    int64_t most_rows = a->group < HEADS_A_TILE ? HEADS_A_TILE / a->group : 1;
-    int64_t longest = 0, splits = 0, products = 0;
+/* Tiles, and memory for all threads: one allocation, at `a->tiles`. */
+static void plan_attention(Attention *a, int64_t threads) {
+    int64_t most_rows = a->group < HEADS_A_TILE ? HEADS_A_TILE / a->group : 1, longest = 1, work = 0;
     for (int64_t s = 0; s < a->step->sequences; s++) {
         int64_t rows = a->step->query_starts[s + 1] - a->step->query_starts[s];
         if (rows > longest) longest = rows;
     }
-    if (longest < most_rows) most_rows = longest > 0 ? longest : 1;
+    if (longest < most_rows) most_rows = longest;
     a->most = most_rows * a->group;
-    int64_t n = make_tiles(a, most_rows, 0);
-    QueryTile *tiles = malloc(n * sizeof *tiles);
+    a->n_tiles = make_tiles(a, most_rows, 0);
+    size_t list = (a->n_tiles * sizeof(QueryTile) + 63) / 64 * 64;
+    QueryTile *tiles = malloc(list);
     make_tiles(a, most_rows, tiles);
-    for (int64_t i = 0; i < n; i++) {
+    qsort(tiles, a->n_tiles, sizeof *tiles, by_work);
+    int64_t splits = 0;
+    for (int64_t i = 0; i < a->n_tiles; i++) {
         int64_t here = (tiles[i].upto + SPLIT - 1) / SPLIT;
         if (here > splits) splits = here;
-        products += (tiles[i].upto - tiles[i].from) * tiles[i].rows * a->group * a->shape->d_head;
+        work += tiles[i].work;
     }
-    int64_t threads = products > SMALL ? a->shape->threads : 1;
-    if (splits > 1 && threads > 1 && n < 4 * threads)
-        attend_splits(a, tiles, n, splits, threads);
-    else
-        attend_tiles(a, tiles, n, threads);
+    /* Whole tiles are tasks unless one of them would keep the other threads waiting. */
+    int apart = a->n_tiles && threads > 1 && splits > 1 && tiles[0].work * 2 * threads > work;
+    a->splits = apart ? splits : 0;
+    a->part_floats = (softmax_floats(a) + 15) / 16 * 16;
+    int64_t floats = threads * workspace_floats(a) + a->n_tiles * a->splits * a->part_floats;
+    a->tiles = aligned_alloc(64, list + floats * sizeof(float));
+    memcpy(a->tiles, tiles, a->n_tiles * sizeof *tiles);
     free(tiles);
+    a->workspaces = (float *)((char *)a->tiles + list);
+    a->parts = a->workspaces + threads * workspace_floats(a);
+}
+
+/* A tile through all its splits, in order. */
+static void attend_tile(const Attention *a, const QueryTile *t, const Workspace *w) {
+    take_queries(a, t, w->q);
+    clear(a, t->rows * a->group, &w->all);
+    for (int64_t split = t->from / SPLIT; split * SPLIT < t->upto; split++) {
+        attend_split(a, t, split, w, &w->part);
+        merge(a, t->rows * a->group, &w->part, &w->all);
+    }
+    write_out(a, t, &w->all);
+}
+
+/* The parts of a tile's splits, merged in the same order as above. */
+static void merge_tile(const Attention *a, int64_t i, const Workspace *w) {
+    const QueryTile *t = a->tiles + i;
+    clear(a, t->rows * a->group, &w->all);
+    for (int64_t split = t->from / SPLIT; split * SPLIT < t->upto; split++) {
+        Softmax part = softmax_at(a, a->parts + (i * a->splits + split) * a->part_floats);
+        merge(a, t->rows * a->group, &part, &w->all);
+    }
+    write_out(a, t, &w->all);
+}
+
+static Attention new_attention(
+    const Shape *shape, const Layer *layer, const Pages *pages, const Step *step, const float *q, float *out, float *lse) {
+    Attention a = {shape, layer, pages, step, q, out, lse, shape->n_heads / shape->n_kv_heads};
+    a.wide = (shape->d_head + TILE - 1) / TILE * TILE;
+    return a;
+}
+
+/* Called by all threads of a team with the same `a`, which holds the arguments; all have met when it returns. */
+static void attend(const Team *team, Attention *a) {
+    if (team->me == 0) plan_attention(a, team->threads);
+    meet(team);
+    Workspace w = workspace_at(a, a->workspaces + team->me * workspace_floats(a));
+    if (a->splits) {
+        for (int64_t i; (i = take(team, 1)) < a->n_tiles * a->splits;) {
+            const QueryTile *t = a->tiles + i / a->splits;
+            int64_t split = i % a->splits;
+            if ((split + 1) * SPLIT <= t->from || split * SPLIT >= t->upto) continue;
+            Softmax part = softmax_at(a, a->parts + i * a->part_floats);
+            take_queries(a, t, w.q);
+            attend_split(a, t, split, &w, &part);
+        }
+        meet(team);
+        for (int64_t i; (i = take(team, 1)) < a->n_tiles;) merge_tile(a, i, &w);
+    } else {
+        for (int64_t i; (i = take(team, 1)) < a->n_tiles;) attend_tile(a, a->tiles + i, &w);
+    }
+    meet(team);
+    if (team->me == 0) free(a->tiles);
 }
 
 #endif

@@ -1,4 +1,6 @@
 /* The operations of kernels/interface.py, once for each instruction set: compiled with -DVARIANT=<name> and its flags. */
+#include <omp.h>
+
 #include "attention.h"
 
 #define JOIN(a, b) a##_##b
@@ -106,9 +108,13 @@ OPERATION(attention_input)(
 
 OPERATION(paged_attention)(
     const Shape *shape, const Layer *layer, const Pages *pages, const Step *step, const float *q, float *out, float *lse) {
-    Attention a = {shape, layer, pages, step, q, out, lse, shape->n_heads / shape->n_kv_heads, 0, 0};
-    a.wide = (shape->d_head + TILE - 1) / TILE * TILE;
-    attend(&a);
+    Attention a = new_attention(shape, layer, pages, step, q, out, lse);
+    Crew crew = {0};
+#pragma omp parallel num_threads(shape->threads)
+    {
+        Team team = {omp_get_thread_num(), omp_get_num_threads(), &crew};
+        attend(&team, &a);
+    }
 }
 
 /* A product added to the residual, through a norm if there is one. */
