@@ -2,6 +2,7 @@
 #include <omp.h>
 
 #include "attention.h"
+#include "pages.h"
 
 #define JOIN(a, b) a##_##b
 #define NAME(variant, operation) JOIN(variant, operation)
@@ -44,20 +45,6 @@ static void qk_norm(const Shape *shape, const Norm *norm, float *x, int64_t head
     for (int64_t h = 0; h < heads; h++) norm_row(shape, norm, x + h * shape->d_head, shape->d_head, x + h * shape->d_head, 0, 0);
 }
 
-static void put_page(void *page, int64_t bf16, int64_t at, const float *x, int64_t n) {
-    if (!bf16) {
-        memcpy((float *)page + at, x, n * sizeof(float));
-        return;
-    }
-    uint16_t *to = (uint16_t *)page + at;
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) store_bf16(to + i, load(x + i));
-    if (i == n) return;
-    uint16_t buffer[LANES];
-    store_bf16(buffer, load_some(x + i, n - i));
-    memcpy(to + i, buffer, (n - i) * sizeof(uint16_t));
-}
-
 /* QKV [rows][(heads + 2 kv_heads) * d_head] with its bias: norms, rotation, storing; queries to `out`. Null `pages` stores
    nothing; `rot_k` may be null. `joined` keeps what was there before norms and rotation. */
 static void finish_heads(
@@ -78,9 +65,8 @@ static void finish_heads(
     if (!pages) return;
     int64_t size = pages->page_size, page = step->slots[r] / size, offset = step->slots[r] % size;
     for (int64_t h = 0; h < shape->n_kv_heads; h++) {
-        int64_t at = ((page * shape->n_kv_heads + h) * size + offset) * d;
-        put_page(pages->keys, pages->bf16, at, k + h * d, d);
-        put_page(pages->values, pages->bf16, at, joined + q_width + k_width + h * d, d);
+        int64_t place = (page * shape->n_kv_heads + h) * size + offset;
+        put_head(pages, place, k + h * d, joined + q_width + k_width + h * d, d);
     }
 }
 
@@ -114,6 +100,9 @@ OPERATION(paged_attention)(
     {
         Team team = {omp_get_thread_num(), omp_get_num_threads(), &crew};
         attend(&team, &a);
+#if defined(CUTAWAY_AMX)
+        _tile_release();
+#endif
     }
 }
 
