@@ -87,7 +87,7 @@ static void multiply_keys(
         _tile_dpbf16ps(N, 4, 5);                                                                                       \
         _tile_dpbf16ps(N, 4, 6);                                                                                       \
         _tile_dpbf16ps(N, 4, 7);                                                                                       \
-        ask(a, ahead, 4);                                                                                              \
+        ask(a, ahead, 6);                                                                                              \
     }
         BLOCK(0)
         BLOCK(1)
@@ -141,24 +141,42 @@ static void score_with_tiles(
     }
 }
 
-/* The split's values as tiles [wide / 16][SPLIT / 32][pair of keys][16][2]; zeros for keys the tile may not see. */
-static void pair_values(const Attention *a, const QueryTile *t, KeyRange r, Ahead *ahead, uint16_t *out) {
+/* Two keys' rows, word by word beside one another: 16 columns to `to`, the next 16 to the tile after it. */
+INLINE void put_pair(__m512i even, __m512i odd, uint16_t *to) {
     const __m512i lower = _mm512_set_epi16(
         47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
-    const int64_t d = a->shape->d_head, format = a->pages->format, end = (r.upto + DEEP - 1) / DEEP * DEEP;
-    for (int64_t key = r.from / DEEP * DEEP; key < end; key += 2) {
-        const int64_t in = key + 1 >= r.from && key < r.upto, place = in ? place_of(a, t, key) : 0;
-        uint16_t *to = out + (key - r.base) / 2 * 32;
-        ask(a, ahead, 2);
-        for (int64_t i = 0; i < d; i += DEEP, to += 2 * SPLIT * 16) {
+    _mm512_store_si512(to, _mm512_permutex2var_epi16(even, lower, odd));
+    _mm512_store_si512(to + SPLIT * 16, _mm512_permutex2var_epi16(even, upper, odd));
+}
+
+/* Values of LINE keys, of which the tile may see [low, high); zeros for the others. */
+static void pair_line(
+    const Attention *a, int64_t place, int64_t low, int64_t high, const int64_t format, Ahead *ahead, uint16_t *out) {
+    const int64_t d = a->shape->d_head;
+    for (int64_t i = 0; i < d; i += DEEP, out += 2 * SPLIT * 16) {
+        const int64_t at = place * d + i, left = d - i;
+        for (int64_t key = 0; key < LINE; key += 2) {
             __m512i even = _mm512_setzero_si512(), odd = even;
-            if (key >= r.from && key < r.upto) even = load_row(a->pages->values, format, place * d + i, d - i);
-            if (key + 1 >= r.from && key + 1 < r.upto)
-                odd = load_row(a->pages->values, format, (place + 1) * d + i, d - i);
-            _mm512_store_si512(to, _mm512_permutex2var_epi16(even, lower, odd));
-            _mm512_store_si512(to + SPLIT * 16, _mm512_permutex2var_epi16(even, upper, odd));
+            if (key >= low && key < high) even = load_row(a->pages->values, format, at + key * d, left);
+            if (key + 1 >= low && key + 1 < high) odd = load_row(a->pages->values, format, at + (key + 1) * d, left);
+            put_pair(even, odd, out + key / 2 * 32);
         }
+        ask(a, ahead, 4);
+    }
+}
+
+/* The split's values as tiles [wide / 16][SPLIT / 32][pair of keys][16][2]. */
+static void pair_values(const Attention *a, const QueryTile *t, KeyRange r, Ahead *ahead, uint16_t *out) {
+    const int64_t end = (r.upto + DEEP - 1) / DEEP * DEEP;
+    for (int64_t key = r.from / DEEP * DEEP; key < end; key += LINE) {
+        const int64_t low = r.from - key, high = r.upto - key, seen = low < LINE && high > 0;
+        const int64_t place = seen ? place_of(a, t, key) : 0;
+        uint16_t *to = out + (key - r.base) / 2 * 32;
+        if (a->pages->format == PAGES_BF16)
+            pair_line(a, place, low, high, PAGES_BF16, ahead, to);
+        else
+            pair_line(a, place, low, high, PAGES_INT8, ahead, to);
     }
 }
 
@@ -177,8 +195,9 @@ static void split_weights(const float *scores, int64_t n, int64_t start, int64_t
 
 /* Values [16][wide] of 16 rows of weights, over tiles [first, end) of 32 keys. */
 static void multiply_values(
-    const uint16_t *weights, const uint16_t *pairs, int64_t first, int64_t end, int64_t wide, float *out) {
-    const int64_t apart = SPLIT * 16; /* from 16 columns to the next */
+    const Attention *a, const uint16_t *weights, const uint16_t *pairs, int64_t first, int64_t end, Ahead *ahead,
+    float *out) {
+    const int64_t apart = SPLIT * 16, wide = a->wide; /* apart: from 16 columns to the next */
     for (int64_t c = 0; c < wide; c += 64, pairs += 4 * apart) {
         const int four = wide - c >= 64;
         _tile_zero(0);
@@ -195,6 +214,7 @@ static void multiply_values(
             _tile_loadd(7, value + apart, 64);
             _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(1, 5, 7);
+            ask(a, ahead, 4);
             if (!four) continue;
             _tile_loadd(6, value + 2 * apart, 64);
             _tile_dpbf16ps(2, 4, 6);
@@ -202,6 +222,7 @@ static void multiply_values(
             _tile_loadd(7, value + 3 * apart, 64);
             _tile_dpbf16ps(3, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
+            ask(a, ahead, 4);
         }
         _tile_stored(0, out + c, wide * 4);
         _tile_stored(1, out + c + 16, wide * 4);
@@ -226,11 +247,14 @@ static void attend_with_tiles(const Attention *a, const QueryTile *t, KeyRange r
         const int64_t n = rows - i < 16 ? rows - i : 16;
         score_with_tiles(a, t, r, n, w->query_parts + i / 16 * each, w);
         if (i == 0) pair_values(a, t, r, w->ahead, w->value_pairs);
-        for (int64_t j = 0; j < n; j++)
+        for (int64_t j = 0; j < n; j++) {
+            ask(a, w->ahead, 16);
             weigh(a, w, w->scores + j * SPLIT, r.base, start, stop, a->step->positions[t->first + (i + j) / a->group],
                   to->highest + i + j, to->sum + i + j);
+        }
         split_weights(w->scores, n, start, stop, w->weight_parts);
-        multiply_values(w->weight_parts, w->value_pairs, start / DEEP, stop / DEEP, a->wide, to->values + i * a->wide);
+        multiply_values(
+            a, w->weight_parts, w->value_pairs, start / DEEP, stop / DEEP, w->ahead, to->values + i * a->wide);
     }
 }
 
