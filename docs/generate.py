@@ -33,13 +33,13 @@ PROCESS = """
 
 From `prometheus_client`, without our labels: `process_resident_memory_bytes`, `process_virtual_memory_bytes`,
 `process_cpu_seconds_total`, `process_open_fds`, `process_max_fds`, `process_start_time_seconds` (on Linux),
-`python_info`, and `python_gc_collections_total`, `python_gc_objects_collected_total`, `python_gc_objects_uncollectable_total` by
-`generation`.
+`python_info`, and by `generation` `python_gc_collections_total`, `python_gc_objects_collected_total` and
+`python_gc_objects_uncollectable_total`.
 """
 VLLM = """
 With `--metrics-compat vllm` these are there too, so that dashboards, alerts and gateways made for vLLM work. Where
-the two mean something else: a deadline that passes is an `abort` there; `time_per_output_token_seconds` is the older name of
-`inter_token_latency_seconds`, and `gpu_...` those of the older names of the cache's metrics. What Cutaway has no
+the two mean something else: a deadline that passes is an `abort` there; `time_per_output_token_seconds` is the older
+name of `inter_token_latency_seconds`, and `gpu_...` are the older names of the cache's metrics. What Cutaway has no
 counterpart of (LoRA, speculative decoding, sleep, transfers of KV) is left out, as vLLM does where it is off.
 """
 

@@ -85,8 +85,11 @@ def test_a_dashboard_is_of_grafanas_types_and_each_panel_explains_itself(path: P
     register_default_plugins()
     text = path.read_text()
     read = Dashboard.from_json(json.loads(text))
-    again = json.dumps(read, cls=JSONEncoder).replace('"custom": {}, ', "")  # which a heat map need not have
-    assert json.loads(again) == json.loads(text), "a key or a value that Grafana's types have not"
+    again = json.loads(json.dumps(read, cls=JSONEncoder))
+    for panel in again["panels"]:
+        if panel["type"] == "heatmap":
+            panel["fieldConfig"]["defaults"].pop("custom")  # empty, and not needed
+    assert again == json.loads(text), "a key or a value that Grafana's types have not"
     titles = [panel["title"] for panel in panels(path)]
     assert len(titles) >= 10
     assert {variable["name"] for variable in json.loads(text)["templating"]["list"]} >= {"model", "instance"}

@@ -72,7 +72,7 @@ class Prometheus:
     def ready(self) -> bool:
         try:
             return bool(self.get("query", query="up{job='cutaway'} == 1")["result"])
-        except OSError:
+        except (OSError, AssertionError):  # it answers 503 while it starts
             return False
 
 
