@@ -96,6 +96,24 @@ def test_a_failed_engine_ends_the_program_with_1_and_its_cause_in_the_log(tiny: 
         assert (exit_code, "the boiler burst" in log) == (1, True)
 
 
+def test_threads_that_tokenise_leave_the_interpreter_to_a_step_soon(tiny: str) -> None:
+    code = (
+        "import atexit, sys\natexit.register(lambda: print('switches after', sys.getswitchinterval(), file=sys.stderr))"
+    )
+    with program("--model", tiny, code=code) as (_, process):
+        process.send_signal(signal.SIGTERM)
+        assert "switches after 0.0005" in ended(process)[1]
+
+
+def test_without_the_servers_packages_the_command_says_what_to_install() -> None:
+    code = "import sys\nsys.modules['pydantic'] = None\nfrom cutaway_server.__main__ import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr == "cutaway-server: pydantic is missing: install the server with `pip install 'cutaway[server]'`\n"
+    )
+
+
 def test_a_taken_port_is_told_before_the_model_is_loaded(tiny: str) -> None:
     with program("--model", tiny) as (address, _):
         command = [sys.executable, "-m", "cutaway_server", "--model", "/nowhere", "--listen", address]

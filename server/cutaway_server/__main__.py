@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
-from cutaway_server.config import Config, ConfigError, read_config
-
 if TYPE_CHECKING:
+    from cutaway_server.config import Config
     from cutaway_server.engine.build import EngineFacts
     from cutaway_server.engine.engine import Engine
     from cutaway_server.service.server import Server
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cutaway_server")  # __name__ is __main__ here
 
+SWITCH_SECONDS = 0.0005
 FAILED, MISTAKEN, SIGNALLED = 1, 2, 128  # exit codes: cut short; the caller's mistake; plus the signal's number
 
 
@@ -32,6 +32,10 @@ def main() -> None:
 
     It exits with 0 when drained, 1 if the engine failed or a second signal came, and 2 for wrong options or models.
     """
+    try:
+        from cutaway_server.config import ConfigError, read_config
+    except ModuleNotFoundError as error:  # the client alone is installed, and this command with it
+        _refuse(f"{error.name} is missing: install the server with `pip install 'cutaway[server]'`")
     try:
         config = read_config(sys.argv[1:], os.environ)
     except ConfigError as error:
@@ -42,6 +46,9 @@ def main() -> None:
     # Read when torch is loaded. Threads that wait for each other must not spin: where anything else wants a core (the
     # event loop does), a spinning thread keeps the one it waits for from running, and a step takes 20 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # A step gives the interpreter's lock up some 150 times, and waits this long for it each time a long text is being
+    # tokenised beside it: Python's own 5 ms stop everybody's tokens for 0.7 s.
+    sys.setswitchinterval(SWITCH_SECONDS)
     from cutaway_server.errors import ModelError
     from cutaway_server.service.server import ListenError
 
@@ -52,8 +59,8 @@ def main() -> None:
     sys.exit(code)
 
 
-def _refuse(error: Exception) -> NoReturn:
-    print(f"cutaway-server: {error}", file=sys.stderr)
+def _refuse(why: Exception | str) -> NoReturn:
+    print(f"cutaway-server: {why}", file=sys.stderr)
     sys.exit(MISTAKEN)
 
 
