@@ -5,6 +5,8 @@
 #ifndef CUTAWAY_ATTENTION_H
 #define CUTAWAY_ATTENTION_H
 
+#include <stdlib.h>
+
 #include "product.h"
 
 enum { SPLIT = 256, KEYS = 32, HEADS_A_TILE = 32 };
@@ -280,84 +282,86 @@ static int64_t make_tiles(const Attention *a, int64_t most_rows, QueryTile *tile
     return n;
 }
 
+/* Work of one call, shared by the team. */
+typedef struct {
+    QueryTile *tiles;
+    int64_t n, splits; /* of the longest */
+    float *parts;      /* [n][splits] of softmax; null: a thread does all splits of a tile */
+    int64_t each;      /* floats of one */
+} Work;
+
 /* Tiles beside one another, each through all its splits. */
-static void attend_tiles(const Attention *a, const QueryTile *tiles, int64_t n, int64_t threads) {
-    size_t bytes = workspace_floats(a) * sizeof(float);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        float *memory = aligned_alloc(64, bytes);
-        Workspace w = workspace_at(a, memory);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = n - 1; i >= 0; i--) { /* the longest of a prompt first */
-            const QueryTile *t = tiles + i;
-            take_queries(a, t, w.q);
-            clear(a, t->rows * a->group, &w.all);
-            for (int64_t split = t->from / SPLIT; split * SPLIT < t->upto; split++) {
-                attend_split(a, t, split, &w, &w.part);
-                merge(a, t->rows * a->group, &w.part, &w.all);
-            }
-            write_out(a, t, &w.all);
+static void attend_tiles(const Team *team, const Attention *a, const Work *work, Workspace *w) {
+    for (int64_t i; (i = take(team, 1)) < work->n;) {
+        const QueryTile *t = work->tiles + work->n - 1 - i; /* the longest of a prompt first */
+        take_queries(a, t, w->q);
+        clear(a, t->rows * a->group, &w->all);
+        for (int64_t split = t->from / SPLIT; split * SPLIT < t->upto; split++) {
+            attend_split(a, t, split, w, &w->part);
+            merge(a, t->rows * a->group, &w->part, &w->all);
         }
-        free(memory);
+        write_out(a, t, &w->all);
     }
 }
 
 /* Few tiles: their splits beside one another, then merged in the same order as above. */
-static void attend_splits(const Attention *a, const QueryTile *tiles, int64_t n, int64_t splits, int64_t threads) {
-    size_t bytes = workspace_floats(a) * sizeof(float);
-    int64_t each = (softmax_floats(a) + 15) / 16 * 16;
-    float *parts = aligned_alloc(64, n * splits * each * sizeof(float));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        float *memory = aligned_alloc(64, bytes);
-        Workspace w = workspace_at(a, memory);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < n * splits; i++) {
-            const QueryTile *t = tiles + i / splits;
-            int64_t split = i % splits;
-            if ((split + 1) * SPLIT <= t->from || split * SPLIT >= t->upto) continue;
-            Softmax part = softmax_at(a, parts + i * each);
-            take_queries(a, t, w.q);
-            attend_split(a, t, split, &w, &part);
-        }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < n; i++) {
-            const QueryTile *t = tiles + i;
-            clear(a, t->rows * a->group, &w.all);
-            for (int64_t split = t->from / SPLIT; split * SPLIT < t->upto; split++) {
-                Softmax part = softmax_at(a, parts + (i * splits + split) * each);
-                merge(a, t->rows * a->group, &part, &w.all);
-            }
-            write_out(a, t, &w.all);
-        }
-        free(memory);
+static void attend_splits(const Team *team, const Attention *a, const Work *work, Workspace *w) {
+    for (int64_t i; (i = take(team, 1)) < work->n * work->splits;) {
+        const QueryTile *t = work->tiles + i / work->splits;
+        int64_t split = i % work->splits;
+        if ((split + 1) * SPLIT <= t->from || split * SPLIT >= t->upto) continue;
+        Softmax part = softmax_at(a, work->parts + i * work->each);
+        take_queries(a, t, w->q);
+        attend_split(a, t, split, w, &part);
     }
-    free(parts);
+    meet(team);
+    for (int64_t i; (i = take(team, 1)) < work->n;) {
+        const QueryTile *t = work->tiles + i;
+        clear(a, t->rows * a->group, &w->all);
+        for (int64_t split = t->from / SPLIT; split * SPLIT < t->upto; split++) {
+            Softmax part = softmax_at(a, work->parts + (i * work->splits + split) * work->each);
+            merge(a, t->rows * a->group, &part, &w->all);
+        }
+        write_out(a, t, &w->all);
+    }
 }
 
-static void attend(Attention *a) {
-    int64_t most_rows = a->group < HEADS_A_TILE ? HEADS_A_TILE / a->group : 1;
-    int64_t longest = 0, splits = 0, products = 0;
+static Work plan_work(const Attention *a, int64_t most_rows, int64_t threads) {
+    Work work = {.n = make_tiles(a, most_rows, 0)};
+    work.tiles = malloc(work.n * sizeof *work.tiles);
+    make_tiles(a, most_rows, work.tiles);
+    for (int64_t i = 0; i < work.n; i++) {
+        int64_t here = (work.tiles[i].upto + SPLIT - 1) / SPLIT;
+        if (here > work.splits) work.splits = here;
+    }
+    work.each = (softmax_floats(a) + 15) / 16 * 16;
+    if (work.splits > 1 && threads > 1 && work.n < 4 * threads)
+        work.parts = aligned_alloc(64, work.n * work.splits * work.each * sizeof(float));
+    return work;
+}
+
+/* All of the team; `a` is each thread's own. */
+static void attend(const Team *team, Attention *a) {
+    int64_t most_rows = a->group < HEADS_A_TILE ? HEADS_A_TILE / a->group : 1, longest = 0;
     for (int64_t s = 0; s < a->step->sequences; s++) {
         int64_t rows = a->step->query_starts[s + 1] - a->step->query_starts[s];
         if (rows > longest) longest = rows;
     }
     if (longest < most_rows) most_rows = longest > 0 ? longest : 1;
     a->most = most_rows * a->group;
-    int64_t n = make_tiles(a, most_rows, 0);
-    QueryTile *tiles = malloc(n * sizeof *tiles);
-    make_tiles(a, most_rows, tiles);
-    for (int64_t i = 0; i < n; i++) {
-        int64_t here = (tiles[i].upto + SPLIT - 1) / SPLIT;
-        if (here > splits) splits = here;
-        products += (tiles[i].upto - tiles[i].from) * tiles[i].rows * a->group * a->shape->d_head;
+    Work work;
+    if (team->me == 0) {
+        work = plan_work(a, most_rows, team->threads);
+        team->crew->shared = &work;
     }
-    int64_t threads = products > SMALL ? a->shape->threads : 1;
-    if (splits > 1 && threads > 1 && n < 4 * threads)
-        attend_splits(a, tiles, n, splits, threads);
-    else
-        attend_tiles(a, tiles, n, threads);
-    free(tiles);
+    meet(team);
+    const Work *all = team->crew->shared;
+    float *memory = aligned_alloc(64, workspace_floats(a) * sizeof(float));
+    Workspace w = workspace_at(a, memory);
+    (all->parts ? attend_splits : attend_tiles)(team, a, all, &w);
+    free(memory);
+    meet(team);
+    if (team->me == 0) free(work.tiles), free(work.parts);
 }
 
 #endif
