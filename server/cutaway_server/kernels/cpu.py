@@ -26,6 +26,7 @@ from cutaway_server.kernels.weights import LayerWeights, Norm, Weights
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 QK_NORMS = ("none", "head", "full")
 DTYPES = (torch.bfloat16, torch.float32)
+PAGE_FORMATS = (torch.float32, torch.bfloat16, torch.int8)  # as native/interface.h numbers them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,17 +299,17 @@ class _PagesOfLayers:
     def at(self, pages: Pages, layer: int) -> int:
         """The address of one layer's struct."""
         if pages is not self._pages:
-            structs = [_struct(*layers) for layers in zip(pages.keys, pages.values, strict=True)]
+            structs = [_struct(pages, layer) for layer in range(len(pages.keys))]
             self._pages, self._structs = pages, (CPages * len(structs))(*structs)
             self._at = _addresses(self._structs)
         return self._at[layer]
 
 
-def _struct(keys: Tensor, values: Tensor) -> CPages:
-    assert keys.is_contiguous()
-    assert values.is_contiguous()
-    assert keys.dtype in DTYPES
-    return CPages(keys.data_ptr(), values.data_ptr(), keys.shape[2], keys.dtype == torch.bfloat16)
+def _struct(pages: Pages, layer: int) -> CPages:
+    parts = [pages.keys, pages.values, pages.key_scales, pages.value_scales]
+    assert all(part is None or part.is_contiguous() for part in parts)
+    at = (None if part is None else part[layer].data_ptr() for part in parts)
+    return CPages(*at, pages.page_size, PAGE_FORMATS.index(pages.keys.dtype))
 
 
 def _rotations(turned: dict[Rope, tuple[Tensor, Tensor]], rope: Rope | None) -> CRotations:

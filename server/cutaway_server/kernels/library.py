@@ -53,7 +53,10 @@ class CLayer(ctypes.Structure):
 class CPages(ctypes.Structure):
     """Native `Pages`."""
 
-    _fields_: ClassVar = [("keys", c_void_p), ("values", c_void_p), ("page_size", c_int64), ("bf16", c_int64)]
+    _fields_: ClassVar = [
+        ("keys", c_void_p), ("values", c_void_p), ("key_scales", c_void_p), ("value_scales", c_void_p),
+        ("page_size", c_int64), ("format", c_int64),
+    ]  # fmt: skip
 
 
 class CStep(ctypes.Structure):

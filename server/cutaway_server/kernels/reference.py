@@ -115,9 +115,7 @@ class ReferenceKernels:
 
     def store(self, layer: int, values: AttentionInput, plan: Plan, pages: Pages) -> None:
         """Write K and V where the batch says; rows that are revisited write to page 0, which nobody reads."""
-        page, offset = plan.batch.slots // pages.page_size, plan.batch.slots % pages.page_size
-        pages.keys[layer][page, :, offset] = values.rot_k.to(pages.keys.dtype)
-        pages.values[layer][page, :, offset] = values.v.to(pages.values.dtype)
+        pages.store(layer, plan.batch.slots, values.rot_k, values.v)
 
     def paged_attention(self, layer: int, q: Tensor, plan: Plan, pages: Pages) -> tuple[Tensor, Tensor]:
         """Attention over the stored keys: z [T, heads, d_head] and the log-sum-exp of the scores [T, heads]."""

@@ -96,20 +96,6 @@ static void qk_norm(const Shape *shape, const Norm *norm, float *x, int64_t head
     for (int64_t h = 0; h < heads; h++) norm_row(shape, norm, x + h * shape->d_head, shape->d_head, x + h * shape->d_head, 0, 0);
 }
 
-static void put_page(void *page, int64_t bf16, int64_t at, const float *x, int64_t n) {
-    if (!bf16) {
-        memcpy((float *)page + at, x, n * sizeof(float));
-        return;
-    }
-    uint16_t *to = (uint16_t *)page + at;
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) store_bf16(to + i, load(x + i));
-    if (i == n) return;
-    uint16_t buffer[LANES];
-    store_bf16(buffer, load_some(x + i, n - i));
-    memcpy(to + i, buffer, (n - i) * sizeof(uint16_t));
-}
-
 /* QKV [rows][(heads + 2 kv_heads) * d_head] with its bias: norms, rotation, storing; queries to `out`. Null `pages` stores
    nothing; `rot_k` may be null. `joined` keeps what was there before norms and rotation. */
 static void finish_heads(
@@ -130,9 +116,8 @@ static void finish_heads(
     if (!pages) return;
     int64_t size = pages->page_size, page = step->slots[r] / size, offset = step->slots[r] % size;
     for (int64_t h = 0; h < shape->n_kv_heads; h++) {
-        int64_t at = ((page * shape->n_kv_heads + h) * size + offset) * d;
-        put_page(pages->keys, pages->bf16, at, k + h * d, d);
-        put_page(pages->values, pages->bf16, at, joined + q_width + k_width + h * d, d);
+        int64_t place = (page * shape->n_kv_heads + h) * size + offset;
+        put_head(pages, place, k + h * d, joined + q_width + k_width + h * d, d);
     }
 }
 
@@ -152,14 +137,6 @@ static void attention_input_body(
     for (int64_t r; (r = take(team, 1)) < rows;)
         finish_heads(shape, layer, pages, step, r, joined + r * width, turns->cosines, turns->sines, out, rot_k, k);
     meet(team);
-}
-
-static void paged_attention_body(
-    const Team *team, const Shape *shape, const Layer *layer, const Pages *pages, const Step *step, const float *q,
-    float *out, float *lse) {
-    Attention a = {shape, layer, pages, step, q, out, lse, shape->n_heads / shape->n_kv_heads, 0, 0};
-    a.wide = (shape->d_head + TILE - 1) / TILE * TILE;
-    attend(team, &a);
 }
 
 /* A product added to the residual, through a norm if there is one; `out` may be `residual`. */
@@ -197,7 +174,7 @@ static void layer_body(
     const Rotations *turns, float *out, const Buffers *b) {
     int64_t rows = step->rows;
     attention_input_body(team, shape, layer, pages, step, residual, turns, b->q, b->joined, 0, 0, b);
-    paged_attention_body(team, shape, layer, pages, step, b->q, b->z, b->lse);
+    attend(team, shape, layer, pages, step, b->q, b->z, b->lse);
     add_product(team, shape, &layer->attention_out, &layer->norm1_post, b->z, residual, rows, out, 0, 0, b);
     mlp_input_body(team, shape, layer, rows, out, b->hidden, 0, 0, 0, b);
     add_product(team, shape, &layer->mlp_out, &layer->norm2_post, b->hidden, out, rows, out, 0, 0, b);

@@ -50,7 +50,7 @@ OPERATION(paged_attention)(
         if (stop > first) keys += (stop - first) * (step->positions[stop - 1] + 1);
     }
     const int64_t threads = threads_for(shape, keys * shape->n_heads * shape->d_head);
-    TOGETHER(threads, paged_attention_body(team, shape, layer, pages, step, q, out, lse));
+    TOGETHER(threads, attend(team, shape, layer, pages, step, q, out, lse));
 }
 
 static void add_together(
