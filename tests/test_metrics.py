@@ -213,8 +213,22 @@ def test_weights_and_pool_are_counted_where_they_lie(tiny: Path) -> None:
     assert now("cutaway_kv_pool_bytes") == pages.keys.nbytes + pages.values.nbytes
 
 
+@pytest.mark.gpu
+def test_a_gpus_memory_is_told(tiny: Path) -> None:
+    with serving(tiny, device="cuda") as live, stub(live.address) as client:
+        list(client.Generate(asking(list(range(40, 90)), max_tokens=5)))
+        now = scraped(live)
+    held = now("cutaway_weights_bytes") + now("cutaway_kv_pool_bytes")
+    assert held <= now("cutaway_torch_allocated_bytes") <= now("cutaway_torch_reserved_bytes")
+    assert now("cutaway_torch_reserved_bytes") <= now("cutaway_gpu_memory_bytes", state="used")
+    assert now("cutaway_gpu_memory_bytes", state="free") == pytest.approx(
+        now("cutaway_memory_available_bytes"), rel=0.05
+    )
+    assert now("cutaway_activations_peak_bytes") > 0
+
+
 def test_ten_thousand_requests_do_not_make_a_scrape_slow(live: LiveServer) -> None:
-    """The engine's own events, so that it takes a second; tests/test_dashboards.py serves real ones."""
+    """The engine's own events, so that it takes a second; test_prometheus.py has real requests."""
     observed = live.engine.observed
     for i in range(10_000):
         request = ask(f"r{i}", tuple(range(20)))

@@ -6,8 +6,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from cache import cache
+from grafana_foundation_sdk.builders.dashboard import Dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from memory import memory
 from overview import overview
@@ -23,13 +25,22 @@ def main() -> int:
     stale = 0
     for name, made in (("overview", overview()), ("cache", cache()), ("memory", memory())):
         path = DASHBOARDS / f"{name}.json"
-        text = json.dumps(made.build(), cls=JSONEncoder, indent=2, sort_keys=True) + "\n"
+        text = json.dumps(_plain(made), indent=2, sort_keys=True) + "\n"
         if check and (not path.exists() or path.read_text() != text):
             print(f"{path} is not up to date: run {Path(__file__).name}", file=sys.stderr)
             stale = 1
         elif not check:
             path.write_text(text)
     return stale
+
+
+def _plain(made: Dashboard) -> dict[str, Any]:
+    """The dashboard as JSON, without what the SDK writes into each variable and @grafana/schema has in none."""
+    plain: dict[str, Any] = json.loads(json.dumps(made.build(), cls=JSONEncoder))
+    for variable in plain["templating"]["list"]:
+        for key in ("auto", "auto_min", "auto_count"):
+            del variable[key]
+    return plain
 
 
 if __name__ == "__main__":
