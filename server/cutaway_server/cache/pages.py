@@ -61,7 +61,7 @@ class Pages:
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors [..., d] as int8, and the scale [...] of each vector: largest / 127. One not all finite gets 0s and NaN."""
+    """Vectors [..., d] as int8, and their scales [...]: largest / 127. One that is not all finite gets 0s and NaN."""
     most = x.abs().amax(-1)
     scales = torch.where(most.isfinite(), most / 127.0, torch.nan)
     divisors = torch.where(scales > 0, scales, 1.0)
