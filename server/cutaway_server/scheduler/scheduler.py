@@ -251,7 +251,7 @@ class Scheduler:
         if self._writes_shared(sequence):
             tail = sequence.stored // self.pool.page_size
             shared, own = sequence.blocks[tail], self.pool.take()
-            sequence.blocks[tail] = own
+            sequence.blocks = [*sequence.blocks[:tail], own, *sequence.blocks[tail + 1 :]]
             self.pool.release(shared)
             draft.copies.append((shared, own))
         for _ in range(self._pages(len(sequence.tokens)) - len(sequence.blocks)):
