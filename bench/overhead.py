@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -105,7 +106,7 @@ class Meter:
             window.messages += len(inside)
             window.tokens += sum(len(v1.GenerateResponse.FromString(data).delta.tokens) for _, data in inside)
             whens = [when for when, _ in inside]
-            window.gaps += [1000 * (b - a) for a, b in zip(whens, whens[1:], strict=False)]
+            window.gaps += [1000 * (b - a) for a, b in pairwise(whens)]
         return window
 
 

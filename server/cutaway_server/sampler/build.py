@@ -14,7 +14,10 @@ from cutaway_server.sampler.state import FLOATS, Integers, Path, SamplerState
 
 
 class BatchMaker:
-    """Lays out one step after another. While the completions stay the same, only their positions are laid out again."""
+    """Lays out one step after another. While the completions stay the same, nothing but their positions is laid out.
+
+    Where nobody draws, positions are of no use and stay as they were.
+    """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
@@ -29,6 +32,8 @@ class BatchMaker:
             lasting = not any(state.past_matters for state in states)
             self._states, self._batch = states, batch if lasting else None
             return batch
+        if not self._batch.paths.drawing:
+            return self._batch
         moved = torch.tensor(positions).to(self._device, non_blocking=True)
         return replace(self._batch, parameters=replace(self._batch.parameters, positions=moved))
 

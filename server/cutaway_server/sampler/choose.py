@@ -29,15 +29,16 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampledBatch:
     adjusted = adjust(logits, batch)
     likeliest = highest_places(adjusted)
     highest = adjusted.gather(1, likeliest[:, None]).squeeze(1)
-    sound = highest if adjusted is logits else logits.amax(1)
-    valid = (sound < torch.inf) & (highest > -torch.inf)  # the highest of a row with NaN is NaN, which compares False
+    valid = highest.abs() < torch.inf  # the highest of a row with NaN is NaN, which compares False
+    if adjusted is not logits:
+        valid &= logits.amax(1) < torch.inf
     tokens = torch.where(valid, _choose(adjusted, likeliest, highest, batch), 0)
     return SampledBatch(tokens, valid, *_score(logits, tokens, batch))
 
 
 def _choose(logits: Tensor, likeliest: Tensor, highest: Tensor, batch: SamplingBatch) -> Tensor:
     parameters, paths = batch.parameters, batch.paths
-    if paths.plain is None and paths.short is None and paths.long is None:
+    if not paths.drawing:
         return likeliest
     tokens = likeliest.clone()
     uniform = uniforms(parameters.seeds, parameters.indices, parameters.positions)

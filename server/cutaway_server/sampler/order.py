@@ -1,4 +1,4 @@
-"""The highest, the least and the nearest of each row. Among equals lower ids come first: one rule, whatever the algorithm."""
+"""The highest, least and nearest of each row. Among equals lower ids come first: one rule, whatever the algorithm."""
 
 from __future__ import annotations
 
