@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cutaway_server.architecture import ModelConfig
 
+
 @dataclass(frozen=True, slots=True)
 class Pages:
     """Keys (rotated) and values [layers, pages, kv_heads, page_size, d_head]. Page 0 belongs to nobody."""
