@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
+from wsgiref.types import WSGIApplication
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, make_wsgi_app
 
@@ -38,8 +40,8 @@ class Metrics:
         """Where they are served, with the port that was picked; None if nowhere."""
         return None if self._listener is None else self._listener.address
 
-    def listen(self) -> None:
-        """Serve them on `--metrics-listen`, unless that is none.
+    def listen(self, beside: Mapping[str, WSGIApplication]) -> None:
+        """Serve them on `--metrics-listen`, unless that is none, and the paths of `beside` with them.
 
         Raises:
             OSError: the address is taken or not ours.
@@ -48,7 +50,7 @@ class Metrics:
             return
         host, _, port = self._config.metrics_listen.rpartition(":")
         scraped = make_wsgi_app(self.registry, disable_compression=True)
-        self._listener = HttpListener(host, int(port), {"/metrics": scraped})
+        self._listener = HttpListener(host, int(port), {"/metrics": scraped, **beside})
         log.info("metrics on http://%s/metrics", self._listener.address)
 
     def watch(self, thread: EngineThread, facts: EngineFacts) -> None:
