@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import grpc
 
 from cutaway_server.errors import QueueFull
-from cutaway_server.service.caller import ANYBODY, CALL, Call, Caller, Scope
+from cutaway_server.service.caller import ANYBODY, CALL, NOBODY, Call, Caller, Scope
 from cutaway_server.service.credentials import CredentialStore
 from cutaway_server.service.status import Context, PermissionDenied, Unauthenticated, abort, name_of
 
@@ -37,6 +37,7 @@ METHODS: Mapping[str, frozenset[Scope]] = {
     "/cutaway.v1.Inference/Detokenize": GENERATE,
     "/cutaway.v1.Inference/GetModel": KNOWN,
     HEALTH + "Check": KNOWN,
+    HEALTH + "List": KNOWN,
     HEALTH + "Watch": KNOWN,
     REFLECTION + "ServerReflectionInfo": KNOWN,
 }
@@ -67,6 +68,7 @@ class Gate(Interceptor):
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: Any
     ) -> Handler:
         """The handler, behind the gate; one that refuses, for whom it is closed; None where there is no method."""
+        caller = None
         try:
             caller = self._known(details.invocation_metadata)
             handler = await continuation(details)
@@ -75,7 +77,7 @@ class Gate(Interceptor):
             if caller is not None:
                 check(caller, details.method)
         except (Unauthenticated, PermissionDenied) as error:
-            return self._refusing(details.method, error)
+            return self._refusing(Call(details.method, caller or NOBODY), error)
         return self._gated(handler, details.method, caller)
 
     def _known(self, metadata: Any) -> Caller | None:
@@ -115,7 +117,7 @@ class Gate(Interceptor):
 
     def _gated(self, handler: Handler, method: str, known: Caller | None) -> Handler:
         async def behaviour(request: Any, context: Context) -> Any:
-            call = Call(method)
+            call = Call(method, known or NOBODY)
             CALL.set(call)
             with self._recorded(call, context):
                 try:
@@ -132,9 +134,9 @@ class Gate(Interceptor):
         make = getattr(grpc, f"{'_'.join(kind)}_rpc_method_handler")
         return cast("Handler", make(behaviour, handler.request_deserializer, handler.response_serializer))
 
-    def _refusing(self, method: str, error: Exception) -> Handler:
+    def _refusing(self, call: Call, error: Exception) -> Handler:
         async def refuse(_: Any, context: Context) -> None:
-            with self._recorded(Call(method), context):
+            with self._recorded(call, context):
                 await abort(context, error)
 
         # Whatever kind of call it is: a handler of streams runs before anything of the request has been read.

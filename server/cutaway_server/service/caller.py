@@ -29,6 +29,7 @@ class Caller:
     max_calls: int | None = None
 
 
+NOBODY = Caller("", "none", "", frozenset())  # who is not known
 ANYBODY = Caller("", "none", "", frozenset(Scope))  # on a server that asks nobody who they are
 
 
@@ -37,7 +38,7 @@ class Call:
     """One call in progress, for logs. The handler names the request, if it is about one."""
 
     method: str
-    caller: Caller = ANYBODY
+    caller: Caller
     request_id: str = ""
 
 
@@ -45,5 +46,5 @@ CALL: ContextVar[Call] = ContextVar("call")  # each call has a task, and so a co
 
 
 def current() -> Call:
-    """The call that is being answered; outside of any, one that nobody made."""
-    return CALL.get(None) or Call("")
+    """The call that is being answered; outside of any, one of the server's own."""
+    return CALL.get(None) or Call("", ANYBODY)
