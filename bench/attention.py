@@ -1,4 +1,4 @@
-"""Paged attention alone, one layer after the other as a step has them, against the time its keys and values take to read."""
+"""Paged attention alone, layer after layer as a step has them, against the time its keys and values take to read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from cutaway_server.cache.pages import allocate_pages
 from cutaway_server.kernels.build_native import build
 from cutaway_server.kernels.cpu import CpuKernels
 from cutaway_server.kernels.library import Library
-
 from kernels import PAGE, SMOLLM2, batch, random_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
@@ -50,13 +49,17 @@ def main() -> None:
     paths = options.library or [found for found in [build()] if found]
     speed = bandwidth(options.threads)
     weights = random_weights(SMOLLM2, getattr(torch, options.dtype))
-    kernels = [CpuKernels(SMOLLM2, weights, 8192, lib, options.variant or lib.supported()[0]) for lib in map(Library, paths)]
+    kernels = [
+        CpuKernels(SMOLLM2, weights, 8192, lib, options.variant or lib.supported()[0]) for lib in map(Library, paths)
+    ]
     work = [(f"decode {n} rows at {c}", n, 1, c) for c in options.contexts for n in options.rows]
     work += [(f"prefill {n}", 1, n, 0) for n in options.prefill]
     records = []
     for name, sequences, rows, context in work:
         one = batch(sequences, rows, context)
-        pages = allocate_pages(SMOLLM2, int(one.block_table.max()) + 1, PAGE, DTYPES[options.kv_dtype], torch.device("cpu"))
+        pages = allocate_pages(
+            SMOLLM2, int(one.block_table.max()) + 1, PAGE, DTYPES[options.kv_dtype], torch.device("cpu")
+        )
         fill(pages)
         q = torch.randn(sequences * rows, SMOLLM2.n_heads, SMOLLM2.d_head)
         times: list[list[float]] = [[] for _ in kernels]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
@@ -11,16 +12,20 @@ import grpc
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from cutaway import replies, requests
-from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options
+from cutaway.attempts import Attempts
+from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, seconds
 from cutaway.interrupt import cancelling
 from cutaway.options import GenerateOptions, TokenizeOptions
 from cutaway.results import Answer, Detokenized, Health, Model, Token, Tokenized
+from cutaway.security import File, security
 from cutaway.status import error_of
 from cutaway.transcript import Transcript
 from cutaway.v1 import inference_pb2 as pb
 from cutaway.v1.inference_pb2_grpc import InferenceStub
 
 if TYPE_CHECKING:
+    from cutaway.attempts import Call
+
     Asked = TypeVar("Asked")
     Told = TypeVar("Told")
 
@@ -34,11 +39,11 @@ class Stream(Transcript):
     server. `next(stream)` takes one token and leaves the stream open.
     """
 
-    def __init__(self, call: grpc.CallIterator[pb.GenerateResponse], request_id: str, address: str) -> None:
+    def __init__(self, attempts: Attempts, request_id: str, address: str) -> None:
         super().__init__(request_id)
-        self._messages = iter(call)
+        self._messages = attempts
         self._address = address
-        self._cancel = weakref.finalize(self, call.cancel)
+        self._cancel = weakref.finalize(self, attempts.cancel)
 
     def __iter__(self) -> Iterator[Token]:
         """Every token from here to the end; cancels when it is left early."""
@@ -73,6 +78,8 @@ class Stream(Transcript):
                 raise self._ended_early() from None
             raise
         except grpc.RpcError as error:
+            if self._closed:  # perhaps in the pause after an attempt that failed
+                raise self._ended_early() from error
             raise error_of(error, self._address) from error
 
     def close(self) -> None:
@@ -93,25 +100,40 @@ class Stream(Transcript):
 class Client:
     """A connection to one server: `Client("127.0.0.1:50051")`. Close it, or use it in a `with` block.
 
-    `timeout` is in seconds and holds for each call that names none; None waits for ever. `retries` is how often a
-    call is tried again while nobody answers at the address. The network is first used by the first call.
+    `api_key` says who you are; it is sent over TLS, or within this machine. `tls=True` speaks TLS and trusts the usual
+    authorities, `tls="ca.pem"` only those in that file. `cert=("cert.pem", "key.pem")` is shown to servers that ask
+    for one. `timeout` is in seconds and holds for each call that names none; None waits for ever. `retries` is how
+    often a call is tried again while nobody answers at the address. The network is first used by the first call.
     """
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, *, timeout: float | None = None, retries: int = MAX_RETRIES
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        api_key: str | None = None,
+        tls: bool | File | None = None,
+        cert: tuple[File, File] | None = None,
+        timeout: float | None = None,
+        retries: int = MAX_RETRIES,
     ) -> None:
         self.address = address
         self.timeout = timeout
-        self._channel = grpc.insecure_channel(address, options=channel_options(address, retries))
+        self._retries = retries
+        proof = security(address, api_key, tls, cert)
+        self._metadata = proof.metadata
+        options = channel_options(address, retries, streams=False)
+        if proof.channel is None:
+            self._channel = grpc.insecure_channel(address, options=options)
+        else:
+            self._channel = grpc.secure_channel(address, proof.channel, options=options)
         self._stub = InferenceStub(self._channel)
         self._closed = False
 
     def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Stream:
         """Stream the completions of a prompt, of `token_ids=` or of `messages=`; iterate over the tokens."""
         request = requests.generate_request(prompt, options)
-        self._check_open()
-        call = self._stub.Generate(request, timeout=self._seconds(options.get("timeout")))
-        return Stream(call, request.request_id, self.address)
+        attempts = Attempts(partial(self._begin, request), self._seconds(options.get("timeout")), self._retries)
+        return Stream(attempts, request.request_id, self.address)
 
     def complete(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Answer:
         """Wait for the completions of a prompt, of `token_ids=` or of `messages=`."""
@@ -168,12 +190,16 @@ class Client:
     def _ask(self, method: grpc.UnaryUnaryMultiCallable[Asked, Told], request: Asked, timeout: float | None) -> Told:
         self._check_open()
         try:
-            return method(request, timeout=self._seconds(timeout))
+            return method(request, timeout=self._seconds(timeout), metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error, self.address) from error
 
+    def _begin(self, request: pb.GenerateRequest, timeout: float | None) -> Call:
+        self._check_open()
+        return self._stub.Generate(request, timeout=timeout, metadata=self._metadata)
+
     def _seconds(self, timeout: float | None) -> float | None:
-        return self.timeout if timeout is None else timeout
+        return seconds(timeout, self.timeout)
 
     def _check_open(self) -> None:
         if self._closed:

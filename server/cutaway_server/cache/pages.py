@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cutaway_server.architecture import ModelConfig
 
+
 @dataclass(frozen=True, slots=True)
 class Pages:
     """Keys (rotated) and values [layers, pages, kv_heads, page_size, d_head]. Page 0 belongs to nobody."""
@@ -59,7 +60,7 @@ class Pages:
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., d] as int8, and the scale [...] of each vector: largest / 127. One not all finite gets 0s and NaN."""
+    """Vectors [..., d] as int8, and their scales [...]: largest / 127. One that is not all finite gets 0s and NaN."""
     most = x.abs().amax(-1)
     scales = torch.where(most.isfinite(), most / 127.0, torch.nan)
     divisors = torch.where(scales > 0, scales, 1.0)

@@ -19,6 +19,7 @@ from cutaway_server.config import Config
 from cutaway_server.engine.batch import BatchBuilder
 from cutaway_server.engine.engine import Engine
 from cutaway_server.engine.memory import available_bytes, count_pages
+from cutaway_server.engine.observed import Observed
 from cutaway_server.errors import ModelError
 from cutaway_server.kernels.cpu import DTYPES as CPU_DTYPES
 from cutaway_server.kernels.cpu import CpuKernels
@@ -65,6 +66,7 @@ def build_engine(
     Raises:
         ModelError: the model does not fit, or the options do not fit the model.
     """
+    _check_step(config)
     device, dtype = choose_device(config.device), choose_dtype(config.dtype, choose_device(config.device))
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     context = _context(config, checkpoint.config)
@@ -132,6 +134,14 @@ def choose_kernels(name: str, model: ModelConfig, weights: Weights, context: int
     return ReferenceKernels(model, weights, context)
 
 
+def _check_step(config: Config) -> None:
+    if config.max_batch_tokens < config.max_running:
+        raise ModelError(
+            f"--max-batch-tokens: {config.max_batch_tokens} is less than --max-running {config.max_running}, and a "
+            "step computes a token of each completion that runs"
+        )
+
+
 def _context(config: Config, model: ModelConfig) -> int:
     if config.max_context is None:
         return model.max_context
@@ -188,3 +198,4 @@ def warm_up(engine: Engine) -> None:
             if isinstance(event, RequestFailed):
                 raise ModelError(f"the model computes no usable logits: {event.error}")
     engine.steps = 0
+    engine.observed = Observed(engine.scheduler.max_context)

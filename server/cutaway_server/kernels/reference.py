@@ -83,6 +83,16 @@ class ReferenceKernels:
             residual = residual + F.embedding(plan.batch.positions, self.weights.positions).float()
         return residual
 
+    def layers(self, first: int, stop: int, residual: Tensor, plan: Plan, pages: Pages) -> Tensor:
+        """Layers [first, stop), in which nobody looks or edits: the operations below, in order."""
+        for layer in range(first, stop):
+            q = self.attention_input(layer, residual, plan, pages)
+            z, _ = self.paged_attention(layer, q, plan, pages)
+            residual = self.attention_output(layer, z, residual)
+            hidden = self.mlp_input(layer, residual)
+            residual = self.mlp_output(layer, hidden, residual)
+        return residual
+
     def open_attention_input(self, layer: int, residual: Tensor, plan: Plan) -> AttentionInput:
         """Norm, QKV, QK-norm, rotation: every value."""
         config, w = self.config, self.weights.layers[layer]

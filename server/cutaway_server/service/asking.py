@@ -21,7 +21,7 @@ from cutaway_server.request import (
 )  # fmt: skip
 from cutaway_server.service.outbox import token_size
 from cutaway_server.service.reply import Asked
-from cutaway_server.service.texts import encode_chat, encode_text, is_set, token_ids
+from cutaway_server.service.texts import check_flags, encode_chat, encode_text, is_set, token_ids
 from cutaway_server.service.tokens import sampling_options, wire_token
 from cutaway_server.text.stream import CompletionText, StreamDecoder, stop_texts
 from cutaway_server.text.tokenizer import TextModel
@@ -38,8 +38,15 @@ class Limits:
     max_backlog: int
 
 
-def ask(message: v1.GenerateRequest, model: TextModel, limits: Limits, arrival: float, deadline: float | None) -> Asked:
-    """Check and tokenise a request. Times are seconds of time.monotonic().
+def ask(
+    message: v1.GenerateRequest,
+    model: TextModel,
+    limits: Limits,
+    arrival: float,
+    deadline: float | None,
+    tenant: str = "",
+) -> Asked:
+    """Check and tokenise a request of `tenant`. Times are seconds of time.monotonic().
 
     Raises:
         InvalidField: names the field, the value and the rule.
@@ -54,6 +61,7 @@ def ask(message: v1.GenerateRequest, model: TextModel, limits: Limits, arrival: 
         _sampling(options, model, limits.facts, len(prompt)),
         arrival,
         deadline,
+        tenant,
         prefix_caching=is_set(message, "prefix_caching", default=True),
     )
     return _asked(request, model, limits, skip=is_set(message, "skip_special_tokens", default=True), echo=message.echo)
@@ -84,6 +92,7 @@ def _name(asked: str) -> str:
 
 def _prompt(message: v1.GenerateRequest, model: TextModel, limits: Limits) -> tuple[int, ...]:
     ids: Sequence[int]
+    check_flags(message)
     match message.WhichOneof("prompt"):
         case "text":
             ids = encode_text(message, model, limits.max_prompt_bytes).ids

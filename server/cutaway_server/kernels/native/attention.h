@@ -11,13 +11,6 @@
 #include "attention_vectors.h"
 #include "team.h"
 
-static Attention new_attention(
-    const Shape *shape, const Layer *layer, const Pages *pages, const Step *step, const float *q, float *out, float *lse) {
-    return (Attention){
-        .shape = shape, .layer = layer, .pages = pages, .step = step, .q = q, .out = out, .lse = lse,
-        .group = shape->n_heads / shape->n_kv_heads, .wide = (shape->d_head + TILE - 1) / TILE * TILE};
-}
-
 static void start_tile(const Attention *a, const QueryTile *t, const Workspace *w) {
     take_queries(a, t, w->q);
 #if defined(CUTAWAY_AMX)
@@ -80,13 +73,20 @@ static void merge_tile(const Attention *a, int64_t tile, const Workspace *w) {
     write_out(a, t, &w->all);
 }
 
-/* Called by all threads of a team with the same `a`, from new_attention; all have met when it returns. */
-static void attend(const Team *team, Attention *a) {
-    if (team->me == 0) plan_attention(a, team->threads);
+/* Called by all threads of a team; all have met when it returns. */
+static void attend(
+    const Team *team, const Shape *shape, const Layer *layer, const Pages *pages, const Step *step, const float *q,
+    float *out, float *lse) {
+    Attention planned;
+    if (team->me == 0) {
+        planned = (Attention){
+            .shape = shape, .layer = layer, .pages = pages, .step = step, .q = q, .out = out, .lse = lse,
+            .group = shape->n_heads / shape->n_kv_heads, .wide = (shape->d_head + TILE - 1) / TILE * TILE};
+        plan_attention(&planned, team->threads);
+        team->crew->shared = &planned;
+    }
     meet(team);
-#if defined(CUTAWAY_AMX)
-    configure_tiles();
-#endif
+    const Attention *a = team->crew->shared;
     uintptr_t at = (uintptr_t)(a->workspaces + team->me * workspace_bytes(a));
     Workspace w = carve_workspace(a, &at);
     Ahead ahead = {0};
@@ -104,7 +104,7 @@ static void attend(const Team *team, Attention *a) {
         for (int64_t i; (i = take(team, 1)) < a->n_tiles;) merge_tile(a, i, &w);
     }
     meet(team);
-    if (team->me == 0) free(a->tiles);
+    if (team->me == 0) free(planned.tiles);
 }
 
 #endif
