@@ -87,7 +87,8 @@ class Engine:
 
     def step(self) -> Events:
         """Compute one step and tell what came of it."""
-        schedule = self.scheduler.schedule(time.monotonic())
+        begun = time.monotonic()
+        schedule = self.scheduler.schedule(begun)
         events = [*self._refused(schedule), *self._started(schedule)]
         if not schedule.work:
             return events
@@ -103,7 +104,9 @@ class Engine:
                 draws += self._draws(work, end - 1)
             except Exception as error:
                 events += self.fail(work.sequence.request.request_id, error)
-        return events + self._sample(draws, residual)
+        events += self._sample(draws, residual)
+        self.scheduler.pace.note(schedule.decodes, schedule.prompt_rows, time.monotonic() - begun)
+        return events
 
     def _compute(self, schedule: Schedule, wanted: list[int]) -> torch.Tensor:
         """The last residuals of the wanted rows, so many at the end of each work, one after the other."""
