@@ -13,7 +13,16 @@ import pytest
 import torch
 import transformers
 from cutaway_server.request import SamplingParams
-from cutaway_server.sampler import SampledBatch, SamplerState, build_batch, choose, log_probabilities, sample, uniforms
+from cutaway_server.sampler import (
+    BatchMaker,
+    SampledBatch,
+    SamplerState,
+    build_batch,
+    choose,
+    log_probabilities,
+    sample,
+    uniforms,
+)  # fmt: skip
 from cutaway_server.sampler.adjust import adjust
 from cutaway_server.sampler.draw import distances, invert
 from cutaway_server.sampler.filters import Filters, keep, keep_k
@@ -535,6 +544,29 @@ def test_forks_share_the_past_and_not_the_future() -> None:
     assert ours.nonzero()[:, 0].tolist() == [2, 7]
     assert trunk.numbers[-1] == 0
     assert twin.numbers[-1] == 1
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_a_step_laid_out_from_the_one_before_samples_as_one_laid_out_afresh(data: st.DataObject) -> None:
+    kinds = [{"temperature": 0.0}, {}, {"top_k": 3}, {"frequency_penalty": 1.0}, {"min_tokens": 3, "temperature": 0.0}]
+    kinds += [{"bad_words": ((3,), (4, 5))}, {"logprobs": 2}]
+    states = [
+        SamplerState(params(**{"eos_token_ids": frozenset({2}), **data.draw(st.sampled_from(kinds))}), (1, 2), VOCAB, i)
+        for i in range(6)
+    ]
+    maker = BatchMaker(VOCAB, CPU)
+    chosen = states
+    for step in range(6):
+        if data.draw(st.booleans()):
+            chosen = data.draw(st.lists(st.sampled_from(states), min_size=1, max_size=6, unique_by=id))
+        values, positions = logits(len(chosen), seed=step), [10 + step] * len(chosen)
+        ours = sample(values, maker.make(list(chosen), positions))
+        fresh = sample(values, build_batch(chosen, positions, VOCAB, CPU))
+        assert ours.tokens.tolist() == fresh.tokens.tolist()
+        assert (ours.logprobs is None) == (fresh.logprobs is None)
+        for state, token in zip(chosen, ours.tokens.tolist(), strict=True):
+            state.append(token)
 
 
 # --- cost

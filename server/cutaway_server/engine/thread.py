@@ -97,7 +97,10 @@ class EngineThread:
         except BaseException as error:
             log.critical("the engine failed in step %d", self.engine.steps, exc_info=error)
             self._failure = error
-            self._on_death(error)
+            try:
+                self._tell()
+            finally:
+                self._on_death(error)
 
     def _take_inbox(self) -> bool:
         """Take in what has come, waiting for it if there is nothing to do; False to stop."""
