@@ -21,7 +21,7 @@ class Machine:
 
     def __post_init__(self) -> None:
         self.scheduler = scheduler_with(
-            capacity=4000, page_size=16, max_batch_tokens=512, max_running=64, prefix_caching=False
+            capacity=4000, page_size=16, max_batch_tokens=512, max_running=64, prefix_caching=False, max_stretch=2.0
         )
         self.lasted: list[float] = []  # seconds of each step
         self.rows: list[int] = []

@@ -92,7 +92,7 @@ class Config(BaseModel):
     )
     max_batch_tokens: Rows = Field(512, description="Tokens computed in one step, at most.")
     max_stretch: float = Field(
-        2.0,
+        1.8,
         gt=1,
         le=1000,
         description="How many times as long a prompt may make the steps of completions that run beside it.",

@@ -46,7 +46,7 @@ class Scheduler:
         max_queued: int,
         max_context: int,
         prefix_caching: bool = True,
-        max_stretch: float = 2.0,
+        max_stretch: float = 1.8,
     ) -> None:
         assert min(max_batch_tokens, max_running, max_queued, max_context) >= 1
         self.pool = pool
