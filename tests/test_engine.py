@@ -365,13 +365,14 @@ def test_a_thread_takes_requests_from_anywhere_and_refuses_what_it_must() -> Non
 
 def test_what_a_step_brought_is_told_before_the_next_is_computed_and_once() -> None:
     seen, engine, told = Collector(), make_engine(), []
-    forward = engine.model.forward
+    kernels = engine.model.kernels
+    layers = kernels.layers
 
-    def noting(batch, pages):
+    def noting(*arguments):
         told.append([event.step for _, event in seen.events if isinstance(event, Sampled)])
-        return forward(batch, pages)
+        return layers(*arguments)
 
-    engine.model.forward = noting  # type: ignore[method-assign]
+    kernels.layers = noting  # type: ignore[method-assign]
     thread = EngineThread(engine, seen.report, seen.on_death)
     thread.submit(ask("a", prompt(9), max_tokens=6))
     thread.start()

@@ -56,7 +56,7 @@ class Engine:
         self.scheduler = scheduler
         self.builder = builder
         self._batches = BatchMaker(model.config.d_vocab, builder.device)
-        self.before_compute: Callable[[], None] = lambda: None  # called when a step is laid out, before it is computed
+        self.before_layers: Callable[[], None] = lambda: None  # called when a step's long computation begins
         self.live: dict[str, LiveRequest] = {}
         self.steps = 0
 
@@ -114,8 +114,7 @@ class Engine:
             source, target = torch.tensor(schedule.copies, device=self.builder.device).unbind(1)
             self.pages.copy(source, target)
         batch = self.builder.build(schedule.work, wanted)
-        self.before_compute()
-        return self.model.forward(batch, self.pages)
+        return self.model.forward(batch, self.pages, self.before_layers)
 
     def _refused(self, schedule: Schedule) -> Iterator[tuple[str, Event]]:
         for sequence in schedule.expired:

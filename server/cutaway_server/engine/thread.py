@@ -47,7 +47,7 @@ class EngineThread:
         self._queued = 0  # requests in the inbox
         self._failure: BaseException | None = None
         self._untold: Events = []
-        engine.before_compute = self._tell
+        engine.before_layers = self._tell
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
