@@ -14,6 +14,7 @@ import torch
 
 from cutaway_server.cache.pages import Pages
 from cutaway_server.engine.batch import BatchBuilder
+from cutaway_server.engine.observed import FORWARD, PREPARE, REPORT, SAMPLE, SCHEDULE, Observed
 from cutaway_server.engine.requests import Completion, LiveRequest
 from cutaway_server.engine.scoring import score
 from cutaway_server.errors import CutawayError, DeadlineExceeded, EngineFailed
@@ -59,6 +60,7 @@ class Engine:
         self.before_layers: Callable[[], None] = lambda: None  # called when a step's long computation begins
         self.live: dict[str, LiveRequest] = {}
         self.steps = 0
+        self.observed = Observed(scheduler.max_context)
 
     @property
     def has_work(self) -> bool:
@@ -76,6 +78,7 @@ class Engine:
         self.live[request.request_id] = LiveRequest(
             request, Completion(sequence, sampler), set(range(request.sampling.n))
         )
+        self.observed.arrived(request)
 
     def abort(self, request_id: str, index: int | None = None) -> Events:
         """End a whole request, or completion `index` of it; its blocks are free when this returns."""
@@ -87,6 +90,7 @@ class Engine:
 
     def step(self) -> Events:
         """Compute one step and tell what came of it."""
+        self.observed.begin()
         begun = time.monotonic()
         schedule = self.scheduler.schedule(begun)
         events = [*self._refused(schedule), *self._started(schedule)]
@@ -94,6 +98,7 @@ class Engine:
             return events
         self.steps += 1
         wanted = [_wanted(work) for work in schedule.work]
+        self.observed.mark(SCHEDULE)
         residual = self._compute(schedule, wanted)
         self.scheduler.complete(schedule)
         draws: list[Draw] = []
@@ -106,6 +111,8 @@ class Engine:
                 events += self.fail(work.sequence.request.request_id, error)
         events += self._sample(draws, residual)
         self.scheduler.pace.note(schedule.decodes, schedule.prompt_rows, time.monotonic() - begun)
+        self.observed.mark(SAMPLE)
+        self.observed.step(schedule)
         return events
 
     def _compute(self, schedule: Schedule, wanted: list[int]) -> torch.Tensor:
@@ -114,7 +121,14 @@ class Engine:
             source, target = torch.tensor(schedule.copies, device=self.builder.device).unbind(1)
             self.pages.copy(source, target)
         batch = self.builder.build(schedule.work, wanted)
-        return self.model.forward(batch, self.pages, self.before_layers)
+        residual = self.model.forward(batch, self.pages, self._prepared)
+        self.observed.mark(FORWARD)
+        return residual
+
+    def _prepared(self) -> None:
+        self.observed.mark(PREPARE)
+        self.before_layers()
+        self.observed.mark(REPORT)
 
     def _refused(self, schedule: Schedule) -> Iterator[tuple[str, Event]]:
         for sequence in schedule.expired:
@@ -126,9 +140,11 @@ class Engine:
         for sequence, cached_tokens in schedule.started:
             live = self.live[sequence.request.request_id]
             live.started = time.monotonic()
+            self.observed.started(live.request, cached_tokens, looked_up=self.scheduler.looks_up(live.request))
             yield live.request.request_id, Started(cached_tokens)
         for sequence in schedule.preempted:
             self.live[sequence.request.request_id].preemptions += 1
+            self.observed.preemptions += 1
 
     def _prompt_done(self, work: Work, residual: torch.Tensor) -> Iterator[tuple[str, Event]]:
         """Score the prompt where that is asked, and end requests that want nothing else."""

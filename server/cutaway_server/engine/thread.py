@@ -59,6 +59,11 @@ class EngineThread:
         self._inbox.put(Stop())
         self._thread.join()
 
+    @property
+    def queued(self) -> int:
+        """Requests that the engine has not taken in yet."""
+        return self._queued
+
     def idle(self) -> bool:
         """Whether every request submitted has ended."""
         return not self._names
@@ -94,6 +99,7 @@ class EngineThread:
             while self._take_inbox():
                 events = self.engine.step()  # empties _untold
                 self._untold += events
+                self.engine.observed.reported()
         except BaseException as error:
             log.critical("the engine failed in step %d", self.engine.steps, exc_info=error)
             self._failure = error
@@ -116,6 +122,8 @@ class EngineThread:
 
     def _take(self, item: Request | Abort) -> Events:
         if isinstance(item, Abort):
+            if item.index is not None:  # whoever ends one completion of several has found a stop text in it
+                self.engine.observed.stopped(item.request_id, item.index)
             return self.engine.abort(item.request_id, item.index)
         with self._lock:
             self._queued -= 1
@@ -137,6 +145,7 @@ class EngineThread:
         events, self._untold = self._untold, []
         if not events:
             return
+        self.engine.observed.take(events)
         ended = {name for name, event in events if isinstance(event, RequestEnded | RequestFailed)}
         with self._lock:
             self._names -= ended
