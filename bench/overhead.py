@@ -144,10 +144,9 @@ def serving(arguments: list[str]) -> Iterator[tuple[str, psutil.Process]]:
 def engine_alone(options: argparse.Namespace, rest: list[str]) -> dict[int, float]:
     """Decoded tokens a second by number of streams, of `bench/step.py` as a process of its own."""
     script = Path(__file__).with_name("step.py")
-    command = [
-        sys.executable, str(script), "--json", "--streams", *map(str, options.streams), "--prompt", str(options.prompt),
-        "--output", str(options.output), "--repeats", str(options.repeats), "--model", options.model, *rest,
-    ]  # fmt: skip
+    command = [sys.executable, str(script), "--json", "--streams", *map(str, options.streams)]
+    command += ["--contexts", str(options.prompt)]
+    command += ["--output", str(options.output), "--repeats", str(options.repeats), "--model", options.model, *rest]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
     records = json.loads(done.stdout)
     return {record["streams"]: record["decode_tokens_per_second"] for record in records}

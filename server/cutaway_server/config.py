@@ -113,6 +113,12 @@ class Config(BaseModel):
         16, description="Tokens in a page of the KV cache: a power of two from 16 to 256."
     )
     max_batch_tokens: Rows = Field(512, description="Tokens computed in one step, at most.")
+    max_stretch: float = Field(
+        1.8,
+        gt=1,
+        le=1000,
+        description="How many times as long a prompt may make the steps of completions that run beside it.",
+    )
     max_running: Slots = Field(64, description="Completions computed at the same time, at most.")
     max_queued: Count = Field(1024, description="Requests that may wait; more are refused.")
     prefix_caching: bool = Field(True, description="Share pages between prompts that begin alike.")

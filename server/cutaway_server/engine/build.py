@@ -174,7 +174,7 @@ def _scheduler(config: Config, pages: Pages, context: int) -> Scheduler:
     pool = BlockPool(pages.n_pages, pages.page_size, key=secrets.token_bytes(32))
     return Scheduler(
         pool, max_batch_tokens=config.max_batch_tokens, max_running=config.max_running, max_queued=config.max_queued,
-        max_context=context, prefix_caching=config.prefix_caching,
+        max_context=context, prefix_caching=config.prefix_caching, max_stretch=config.max_stretch,
     )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ class Engine:
         self.scheduler = scheduler
         self.builder = builder
         self._batches = BatchMaker(model.config.d_vocab, builder.device)
-        self.before_compute: Callable[[], None] = lambda: None  # called when a step is laid out, before it is computed
+        self.before_layers: Callable[[], None] = lambda: None  # called when a step's long computation begins
         self.live: dict[str, LiveRequest] = {}
         self.steps = 0
         self.observed = Observed(scheduler.max_context)
@@ -91,7 +91,8 @@ class Engine:
     def step(self) -> Events:
         """Compute one step and tell what came of it."""
         self.observed.begin()
-        schedule = self.scheduler.schedule(time.monotonic())
+        begun = time.monotonic()
+        schedule = self.scheduler.schedule(begun)
         events = [*self._refused(schedule), *self._started(schedule)]
         if not schedule.work:
             return events
@@ -109,6 +110,7 @@ class Engine:
             except Exception as error:
                 events += self.fail(work.sequence.request.request_id, error)
         events += self._sample(draws, residual)
+        self.scheduler.pace.note(schedule.decodes, schedule.prompt_rows, time.monotonic() - begun)
         self.observed.mark(SAMPLE)
         self.observed.step(schedule)
         return events
@@ -119,12 +121,14 @@ class Engine:
             source, target = torch.tensor(schedule.copies, device=self.builder.device).unbind(1)
             self.pages.copy(source, target)
         batch = self.builder.build(schedule.work, wanted)
-        self.observed.mark(PREPARE)
-        self.before_compute()
-        self.observed.mark(REPORT)
-        residual = self.model.forward(batch, self.pages)
+        residual = self.model.forward(batch, self.pages, self._prepared)
         self.observed.mark(FORWARD)
         return residual
+
+    def _prepared(self) -> None:
+        self.observed.mark(PREPARE)
+        self.before_layers()
+        self.observed.mark(REPORT)
 
     def _refused(self, schedule: Schedule) -> Iterator[tuple[str, Event]]:
         for sequence in schedule.expired:

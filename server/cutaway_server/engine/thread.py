@@ -47,7 +47,7 @@ class EngineThread:
         self._queued = 0  # requests in the inbox
         self._failure: BaseException | None = None
         self._untold: Events = []
-        engine.before_compute = self._tell
+        engine.before_layers = self._tell
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -103,7 +103,10 @@ class EngineThread:
         except BaseException as error:
             log.critical("the engine failed in step %d", self.engine.steps, exc_info=error)
             self._failure = error
-            self._on_death(error)
+            try:
+                self._tell()
+            finally:
+                self._on_death(error)
 
     def _take_inbox(self) -> bool:
         """Take in what has come, waiting for it if there is nothing to do; False to stop."""

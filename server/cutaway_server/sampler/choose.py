@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cutaway_server.sampler.adjust import adjust
 from cutaway_server.sampler.batch import SampledBatch, SamplingBatch
-from cutaway_server.sampler.draw import distances, draw, invert
+from cutaway_server.sampler.draw import distances, draw, invert, likelihoods
 from cutaway_server.sampler.filters import Filters, keep, keep_k
 from cutaway_server.sampler.logprobs import log_probabilities
 from cutaway_server.sampler.order import HISTOGRAM, highest_places, least
@@ -42,15 +42,15 @@ def _choose(logits: Tensor, likeliest: Tensor, highest: Tensor, batch: SamplingB
         return likeliest
     tokens = likeliest.clone()
     uniform = uniforms(parameters.seeds, parameters.indices, parameters.positions)
-    for rows, path in ((paths.plain, _plain), (paths.short, _short), (paths.long, _long)):
+    if (rows := paths.plain) is not None:
+        temperature = _pick(parameters.temperature, rows)
+        likelihood = likelihoods(_pick(logits, rows), _pick(highest, rows), temperature)
+        tokens[rows] = draw(likelihood, _pick(uniform, rows))
+    for rows, path in ((paths.short, _short), (paths.long, _long)):
         if rows is not None:
             below = distances(_pick(logits, rows), _pick(highest, rows), _pick(parameters.temperature, rows))
             tokens[rows] = path(below, _pick(uniform, rows), rows, batch)
     return tokens
-
-
-def _plain(below: Tensor, uniform: Tensor, _rows: Tensor, _batch: SamplingBatch) -> Tensor:
-    return draw(below.neg_().exp_(), uniform)
 
 
 def _short(below: Tensor, uniform: Tensor, rows: Tensor, batch: SamplingBatch) -> Tensor:

@@ -6,7 +6,8 @@ overtakes. In each step
 
 1.  what is past its deadline ends;
 2.  each running sequence gets the blocks it will write, if need be by preempting the youngest;
-3.  decodes, which need one row each, get it: no prompt stalls them;
+3.  decodes, which need one row each, get it: no prompt stalls them; where there are any, prompts get no more of the
+    token budget than `pace.py` finds fair;
 4.  the oldest prompt gets the rest of the token budget, but for a quarter that younger prompts may take and waiting
     sequences may be admitted with, so that a short question does not wait for a long one to be read;
 5.  who is admitted gets blocks for all its tokens at once, so that no prompt that has begun waits for blocks in its
@@ -24,6 +25,7 @@ from cutaway_server.cache.blocks import BlockPool
 from cutaway_server.errors import InvalidField, QueueFull
 from cutaway_server.request import Request
 from cutaway_server.scheduler.invariants import check_ownership
+from cutaway_server.scheduler.pace import Pace
 from cutaway_server.scheduler.prefix import PrefixCache
 from cutaway_server.scheduler.schedule import Draft, Schedule
 from cutaway_server.scheduler.sequence import Sequence
@@ -44,6 +46,7 @@ class Scheduler:
         max_queued: int,
         max_context: int,
         prefix_caching: bool = True,
+        max_stretch: float = 1.8,
     ) -> None:
         assert min(max_batch_tokens, max_running, max_queued, max_context) >= 1
         self.pool = pool
@@ -51,6 +54,7 @@ class Scheduler:
         self.max_running = max_running  # completions, so a request for n of them counts n times
         self.max_queued = max_queued
         self.max_context = max_context
+        self.pace = Pace(max_stretch)
         self._prefix = PrefixCache(pool, enabled=prefix_caching)
         self.running: list[Sequence] = []  # oldest first
         self.waiting: list[Sequence] = []  # oldest first, and all younger than those running
@@ -133,6 +137,8 @@ class Scheduler:
                 prompts.append(sequence)
             else:
                 draft.give_rows(sequence)
+        draft.decodes = len(draft.work)
+        draft.budget = self.pace.prompt_rows(draft.decodes, len(prompts) + len(self.waiting), draft.budget)
         kept = min(prompts[0].pending, draft.budget - draft.budget // YOUNGER_SHARE) if prompts else 0
         draft.budget -= kept
         for sequence in prompts[1:]:
