@@ -26,11 +26,11 @@ class Cost:
         keys = config.n_kv_heads * config.d_head
         mlp = (3 if config.gated else 2) * config.d_mlp * config.d_model
         attention = config.d_model * (2 * queries + 2 * keys)
-        return cls(
-            layers * (attention + mlp), config.d_vocab * config.d_model, 2 * keys * layers, 4 * queries * layers
-        )
+        return cls(layers * (attention + mlp), config.d_vocab * config.d_model, 2 * keys * layers, 4 * queries * layers)
 
-    def decode_bytes(self, streams: int, context: float, weight: float, kv: float, unembed: float | None = None) -> float:
+    def decode_bytes(
+        self, streams: int, context: float, weight: float, kv: float, unembed: float | None = None
+    ) -> float:
         """Bytes that one decode step reads: all matrices once, and the keys and values of every stream.
 
         `weight`, `unembed` (if it differs) and `kv` are bytes of one element.

@@ -38,16 +38,14 @@ class GrpcDoor:
             token_ids=pb.TokenIds(ids=ask.prompt), sampling=sampling, prefix_caching=self.prefix_caching
         ).SerializeToString()
 
-    async def send(self, request: bytes) -> Arrivals:
+    async def send(self, request: bytes, arrivals: Arrivals) -> None:
         """Generate."""
         assert self._channel is not None
-        arrivals: Arrivals = []
         try:
             async for message in self._channel.unary_stream(GENERATE)(request):
                 arrivals.append((time.perf_counter(), message))
         except grpc.aio.AioRpcError as error:
             raise RequestError(f"{error.code().name}: {error.details()}") from None
-        return arrivals
 
     def read(self, arrivals: Arrivals) -> tuple[list[float], int]:
         """The deltas."""
@@ -89,9 +87,8 @@ class HttpDoor:
         head = f"POST {self.path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nContent-Type: application/json\r\n"
         return f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body
 
-    async def send(self, request: bytes) -> Arrivals:
+    async def send(self, request: bytes, arrivals: Arrivals) -> None:
         """Post, and take the chunks of the answer."""
-        arrivals: Arrivals = []
         try:
             reader, writer = await asyncio.open_connection(self.host, self.port)
             try:
@@ -102,7 +99,6 @@ class HttpDoor:
                 writer.close()
         except (OSError, asyncio.IncompleteReadError, ValueError) as error:
             raise RequestError(f"{type(error).__name__}: {error}") from None
-        return arrivals
 
 
 class OpenAiDoor(HttpDoor):

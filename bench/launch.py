@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -26,7 +26,7 @@ class LaunchError(Exception):
 
 
 @contextmanager
-def process(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[_Process]:
+def process(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[Process]:
     """A process of its own group with pipes for stdin and stdout; its group is ended on leaving."""
     with tempfile.TemporaryFile() as log:
         try:
@@ -37,12 +37,12 @@ def process(command: Sequence[str], environment: Mapping[str, str] | None = None
         except OSError as error:
             raise LaunchError(f"{command[0]} cannot be started: {error.strerror}") from None
         try:
-            yield _Process(started, log)
+            yield Process(started, log)
         finally:
             _end(started)
 
 
-class _Process:
+class Process:
     """A running process and what it writes to stderr."""
 
     def __init__(self, started: subprocess.Popen[str], log: object) -> None:
@@ -62,6 +62,14 @@ class _Process:
             raise LaunchError(f"{self.started.args[0]!r} ended: {self.tail()}")  # type: ignore[index]
         return line
 
+    def pause(self) -> None:
+        """Stop it and all that it started, so that it takes nothing from another that is measured."""
+        os.killpg(self.started.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        os.killpg(self.started.pid, signal.SIGCONT)
+
     def tail(self) -> str:
         """The last lines of its stderr."""
         self._log.seek(0)  # type: ignore[attr-defined]
@@ -71,32 +79,29 @@ class _Process:
 def _end(started: subprocess.Popen[str]) -> None:
     """Ask it to end; end it and all that it started if it does not."""
     if started.poll() is None:
+        os.killpg(started.pid, signal.SIGCONT)
         started.send_signal(signal.SIGTERM)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             started.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(started.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     started.wait()
 
 
 @contextmanager
-def our_server(options: Sequence[str]) -> Iterator[str]:
-    """`cutaway-server` with these options on a free port of this machine; its address."""
+def our_server(options: Sequence[str]) -> Iterator[tuple[str, Process]]:
+    """`cutaway-server` with these options on a free port of this machine: its address, and its process."""
     command = [sys.executable, "-m", "cutaway_server", "--listen", "127.0.0.1:0", "--log-level", "warning", *options]
     with process(command) as server:
         line = server.line()
         if not line.startswith("listening on "):
             raise LaunchError(f"cutaway-server wrote {line!r}: {server.tail()}")
         server.started.stdout.close()  # type: ignore[union-attr]
-        yield line.removeprefix("listening on ").strip()
+        yield line.removeprefix("listening on ").strip(), server
 
 
 @contextmanager
-def http_server(command: Sequence[str], environment: Mapping[str, str], port: int) -> Iterator[None]:
+def http_server(command: Sequence[str], environment: Mapping[str, str], port: int) -> Iterator[Process]:
     """A server whose /health answers 200 once it serves."""
     with process(command, environment) as server:
         threading.Thread(target=_drain, args=(server.started.stdout,), daemon=True).start()
@@ -105,7 +110,7 @@ def http_server(command: Sequence[str], environment: Mapping[str, str], port: in
             if server.started.poll() is not None or time.monotonic() > end:
                 raise LaunchError(f"{Path(command[0]).name} does not serve: {server.tail()}")
             time.sleep(0.3)
-        yield
+        yield server
 
 
 def _drain(stream: Iterator[str]) -> None:
@@ -131,8 +136,8 @@ def free_port() -> int:
 class Worker:
     """A process that answers each line of JSON with one; what else it prints is passed over."""
 
-    def __init__(self, process: _Process) -> None:
-        self._process = process
+    def __init__(self, started: Process) -> None:
+        self._process = started
         self.facts = self._answer()
 
     def ask(self, **question: object) -> dict[str, object]:
@@ -153,7 +158,7 @@ class Worker:
 
 
 @contextmanager
-def worker(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[Worker]:
-    """A worker that has said that it is ready."""
+def worker(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[tuple[Worker, Process]]:
+    """A worker that has said that it is ready, and its process."""
     with process(command, environment) as started:
-        yield Worker(started)
+        yield Worker(started), started

@@ -74,7 +74,7 @@ def seconds_each(call: Callable[[], object], clock: Callable[[], float], repeats
 
 @contextmanager
 def alone(lock: Path | None) -> Iterator[None]:
-    """Hold an exclusive flock on `lock` meanwhile, so that jobs which take it too do not disturb (nor wait for long)."""
+    """Hold an exclusive flock on `lock` meanwhile, so that jobs which take it too neither disturb nor wait for long."""
     if lock is None:
         yield
         return

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 from measure import percentile
@@ -32,8 +33,8 @@ class Door(Protocol):
     def written(self, ask: Ask) -> bytes:
         """The request as it travels."""
 
-    async def send(self, request: bytes) -> Arrivals:
-        """Send it and take all of its answer. Raises RequestError."""
+    async def send(self, request: bytes, arrivals: Arrivals) -> None:
+        """Send it and add all of its answer to `arrivals`, as it comes. Raises RequestError."""
 
     def read(self, arrivals: Arrivals) -> tuple[list[float], int]:
         """When messages with tokens came, and how many tokens they brought. Raises RequestError."""
@@ -104,9 +105,11 @@ async def _replay(door: Door, asks: Sequence[Ask], concurrency: int) -> Replay:
 
     async def work() -> None:
         for i, request in requests:
+            arrivals: Arrivals = []
             sent = time.perf_counter()
             try:
-                answers[i] = (sent, await door.send(request), None)
+                await door.send(request, arrivals)
+                answers[i] = (sent, arrivals, None)
             except RequestError as error:
                 answers[i] = (sent, [], str(error))
 
@@ -130,5 +133,5 @@ def _outcome(door: Door, ask: Ask, sent: float, arrivals: Arrivals, error: str |
         return Outcome(0, 0.0, (), str(failure))
     if tokens != ask.output or not times:
         return Outcome(tokens, 0.0, (), f"{tokens} tokens, not {ask.output}")
-    gaps = tuple(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+    gaps = tuple(later - earlier for earlier, later in pairwise(times))
     return Outcome(tokens, times[0] - sent, gaps)

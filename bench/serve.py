@@ -23,10 +23,10 @@ def main() -> None:
     """Measure and print."""
     options = read_options()
     asks = read_workload(options.workload, options.limit)
-    server = nullcontext(options.address) if options.address else our_server(server_options(options))
+    server = nullcontext((options.address, None)) if options.address else our_server(server_options(options))
     records = []
     try:
-        with server as address:
+        with server as (address, _):
             door = GrpcDoor(address, options.prefix_caching)
             for concurrency in options.concurrency:
                 replay(door, warm_up(asks, concurrency), concurrency)
@@ -78,7 +78,9 @@ def merged(runs: list[Summary]) -> dict[str, object]:
     return {
         "output_tokens_per_second": Spread.of(run.output_tokens_per_second for run in runs),
         "first_token_ms": {p: Spread.of(run.first_token_ms[i] for run in runs) for i, p in enumerate(PERCENTILES)},
-        "between_tokens_ms": {p: Spread.of(run.between_tokens_ms[i] for run in runs) for i, p in enumerate(PERCENTILES)},
+        "between_tokens_ms": {
+            p: Spread.of(run.between_tokens_ms[i] for run in runs) for i, p in enumerate(PERCENTILES)
+        },
         "errors": errors,
         "client_share": Spread.of(run.client_share for run in runs),
     }
@@ -91,7 +93,14 @@ def show(options: argparse.Namespace, asks: list[Ask], records: list[dict]) -> N
     """The table."""
     print(f"{len(asks)} requests of {options.workload.name} over gRPC, medians of {options.repeats} runs")
     print(Machine.here())
-    head = ["at once", "output tok/s", "first token ms p50/p95/p99", "between tokens ms p50/p95/p99", "client", "errors"]
+    head = [
+        "at once",
+        "output tok/s",
+        "first token ms p50/p95/p99",
+        "between tokens ms p50/p95/p99",
+        "client",
+        "errors",
+    ]
     rows = []
     for record in records:
         latencies = ("/".join(f"{record[k][p].median:.0f}" for p in PERCENTILES) for k in ("first_token_ms",))

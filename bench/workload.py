@@ -81,9 +81,14 @@ def main() -> None:
         {"id": i, "prompt_token_ids": ask.prompt, "prompt_len": len(ask.prompt), "output_len": ask.output}
         for i, ask in enumerate(asks)
     ]
-    totals = {"total_prompt_tokens": sum(len(a.prompt) for a in asks), "total_output_tokens": sum(a.output for a in asks)}
-    json.dump({"seed": options.seed, "n": len(asks), "ignore_eos": True, "temperature": 0, **totals, "requests": requests},
-              sys.stdout)  # fmt: skip
+    json.dump(
+        {
+            "seed": options.seed, "n": len(asks), "ignore_eos": True, "temperature": 0,
+            "total_prompt_tokens": sum(len(ask.prompt) for ask in asks),
+            "total_output_tokens": sum(ask.output for ask in asks), "requests": requests,
+        },
+        sys.stdout,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
