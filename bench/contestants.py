@@ -156,7 +156,8 @@ def started(who: str, setting: Setting) -> Iterator[Contestant]:
     """A contestant by its name: PLACE WEIGHTS, such as "ours bf16", "our-server int8", "llama q4_0", "vllm bf16"."""
     place, weights = who.split()
     if place == "llama":
-        yield Llama(found(setting.llama / "llama-batched-bench"), setting.model(weights), setting.threads)
+        model = found(setting.models / f"{weights}.gguf")
+        yield Llama(found(setting.llama / "llama-batched-bench"), model, setting.threads)
     elif place == "ours":
         with worker([sys.executable, str(WORKERS / "run_ours.py"), *setting.ours(weights)]) as (one, process):
             yield ByWorker(one, process)

@@ -1,4 +1,4 @@
-"""Ways into servers: our gRPC, and the HTTP of vLLM (OpenAI's completions) and llama-server."""
+"""Ways into servers: our gRPC, and the HTTP of vLLM (OpenAI's completions)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import json
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 import grpc.aio
-from cutaway.channel import channel_options
 from cutaway.v1 import inference_pb2 as pb
 from replay import Arrivals, RequestError
 from workload import Ask
 
+# One connection for all requests, that no other door shares, and no proxy between.
+CHANNEL = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0), ("grpc.enable_retries", 0)]
 GENERATE = "/cutaway.v1.Inference/Generate"
 
 
@@ -28,7 +30,7 @@ class GrpcDoor:
 
     async def open(self) -> None:
         """Connect."""
-        self._channel = grpc.aio.insecure_channel(self.address, options=channel_options(self.address, 0))
+        self._channel = grpc.aio.insecure_channel(self.address, options=CHANNEL)
         await self._channel.channel_ready()
 
     def written(self, ask: Ask) -> bytes:
@@ -42,7 +44,7 @@ class GrpcDoor:
         """Generate."""
         assert self._channel is not None
         try:
-            async for message in self._channel.unary_stream(GENERATE)(request):
+            async for message in self._channel.unary_stream(GENERATE, bytes, bytes)(request):
                 arrivals.append((time.perf_counter(), message))
         except grpc.aio.AioRpcError as error:
             raise RequestError(f"{error.code().name}: {error.details()}") from None
@@ -123,29 +125,6 @@ class OpenAiDoor(HttpDoor):
         return times, tokens
 
 
-class LlamaDoor(HttpDoor):
-    """llama-server."""
-
-    def __init__(self, host: str, port: int) -> None:
-        super().__init__(host, port)
-        self.path = "/completion"
-
-    def fields(self, ask: Ask) -> dict[str, object]:
-        """A greedy completion that goes on past end tokens."""
-        fields = {"prompt": ask.prompt, "n_predict": ask.output, "temperature": 0, "stream": True}
-        return {**fields, "ignore_eos": True, "cache_prompt": False}
-
-    def read(self, arrivals: Arrivals) -> tuple[list[float], int]:
-        """Events that do not stop bring a token; the one that does tells how many there were."""
-        times, tokens = [], 0
-        for at, event in _events(arrivals):
-            if event.get("stop"):
-                tokens = event["tokens_predicted"]
-            elif "content" in event:
-                times.append(at)
-        return times, tokens
-
-
 async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
     """The body of a chunked HTTP answer, as it comes; ValueError for another answer."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
@@ -155,7 +134,7 @@ async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
         yield (await reader.readexactly(size + 2))[:-2]
 
 
-def _events(arrivals: Arrivals) -> Iterator[tuple[float, dict]]:
+def _events(arrivals: Arrivals) -> Iterator[tuple[float, dict[str, Any]]]:
     """The events in these chunks, each with the time at which its end came."""
     rest = b""
     for at, chunk in arrivals:

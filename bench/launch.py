@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -45,7 +46,7 @@ def process(command: Sequence[str], environment: Mapping[str, str] | None = None
 class Process:
     """A running process and what it writes to stderr."""
 
-    def __init__(self, started: subprocess.Popen[str], log: object) -> None:
+    def __init__(self, started: subprocess.Popen[str], log: IO[bytes]) -> None:
         self.started = started
         self._log = log
 
@@ -72,8 +73,8 @@ class Process:
 
     def tail(self) -> str:
         """The last lines of its stderr."""
-        self._log.seek(0)  # type: ignore[attr-defined]
-        return self._log.read().decode(errors="replace")[-1500:].strip()  # type: ignore[attr-defined]
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")[-1500:].strip()
 
 
 def _end(started: subprocess.Popen[str]) -> None:

@@ -8,19 +8,8 @@ kernels' over the same shape. No server or engine is started.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import mmap
-import platform
-import shutil
-import subprocess
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
-from itertools import repeat
-from pathlib import Path
 
 import torch
 from cost import BYTES, Cost
@@ -28,9 +17,9 @@ from cutaway_server.architecture import LayerConfig, ModelConfig
 from cutaway_server.engine.build import choose_kernels
 from cutaway_server.kernels.weights import LayerWeights, Norm, Weights
 from cutaway_server.model.open import open_model
-from measure import Machine, Spread, figure, print_json, seconds_each, table
+from measure import Machine, Spread, figure, print_json, rate, table
+from reading import read_rates
 
-AHEAD = (0, 1024)  # bytes that are prefetched
 ROWS = 512
 
 
@@ -64,71 +53,19 @@ def read_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_rates(size: int, threads: int, repeats: int) -> Iterator[tuple[str, Spread]]:
-    """Bytes a second of all threads together, by way of reading."""
-    ones = torch.ones(size // 4)
-    yield "torch, sum", rate(size, ones.sum, repeats)
-    share = size // threads // 256 * 256  # of each thread
-    with reader() as read_all:
-        for huge in (False, True) if read_all is not None else ():
-            with mapped(size, huge) as start, ThreadPoolExecutor(threads) as pool:
-                starts = [start + i * share for i in range(threads)]
-                for ahead in AHEAD:
-                    read = partial(pool.map, read_all, starts, repeat(share), repeat(ahead))
-                    how = f"prefetch {ahead} bytes ahead" if ahead else "plain"
-                    name = f"{'huge' if huge else 'small'} pages, {how}"
-                    yield name, rate(share * threads, lambda read=read: list(read()), repeats)
-
-
-def fastest_read(threads: int, size: int = 512 << 20) -> float:
-    """Bytes a second, in the fastest way there is."""
-    return max(spread.median for _, spread in read_rates(size, threads, 3))
-
-
-@contextmanager
-def reader() -> Iterator[Callable[[int, int, int], int] | None]:
-    """read.c's function, which lets other threads run; None without a compiler."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        yield None
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        library = Path(scratch) / "read.so"
-        source = Path(__file__).with_name("read.c")
-        wide = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
-        command = [compiler, "-O3", "-march=native", *wide, "-shared", "-fPIC", "-o", library, source]
-        subprocess.run(command, check=True)
-        function = ctypes.CDLL(str(library)).read_all
-        function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
-        function.restype = ctypes.c_uint64
-        yield function
-
-
-@contextmanager
-def mapped(size: int, huge: bool) -> Iterator[int]:
-    """The address of so much written memory, in huge pages or small ones."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
-    view = (ctypes.c_char * size).from_buffer(memory)
-    ctypes.memset(view, 1, size)
-    yield ctypes.addressof(view)
-    del view
-    memory.close()
-
-
 def product_rates(size: int, repeats: int) -> Iterator[tuple[str, Spread]]:
     """Operations a second of square products, a multiplication and an addition counted as two."""
     operations = 2 * size**3
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-        yield name_of("torch", dtype), rate(operations, lambda a=a, b=b: torch.nn.functional.linear(a, b), repeats)
+        yield name_of("torch", dtype), rate(operations, partial(torch.nn.functional.linear, a, b), repeats)
     a, b = (torch.randint(-127, 127, (size, size), dtype=torch.int8) for _ in range(2))
-    yield "torch int8", rate(operations, lambda: torch._int_mm(a, b.t()), repeats)
+    yield "torch int8", rate(operations, partial(torch._int_mm, a, b.t()), repeats)
     for dtype in (torch.float32, torch.bfloat16):
         mlp = our_mlp(size, dtype)
         if mlp is not None:
             rows = torch.randn(ROWS, size)
-            yield name_of("ours", dtype), rate(4 * ROWS * size * size, lambda mlp=mlp, rows=rows: mlp(rows), repeats)
+            yield name_of("ours", dtype), rate(4 * ROWS * size * size, partial(mlp, rows), repeats)
 
 
 def our_mlp(size: int, dtype: torch.dtype) -> Callable[[torch.Tensor], object] | None:
@@ -139,14 +76,14 @@ def our_mlp(size: int, dtype: torch.dtype) -> Callable[[torch.Tensor], object] |
     )  # fmt: skip
 
     def matrix(out: int, width: int) -> torch.Tensor:
-        return (torch.randn(out, width) / width**0.5).to(dtype)
+        return torch.randn(out, width).div(width**0.5).to(dtype)
 
     norm = Norm(torch.ones(size))
     layer = LayerWeights(matrix(192, size), matrix(size, 64), matrix(2 * size, size), matrix(size, size),
                          norm1=norm, norm2=norm)  # fmt: skip
     embed = matrix(64, size)
     kernels = choose_kernels("auto", config, Weights(embed, (layer,), norm, embed), 64)
-    return (lambda rows: kernels.mlp_input(0, rows)) if kernels.name != "reference" else None
+    return partial(kernels.mlp_input, 0) if kernels.name != "reference" else None
 
 
 def model_bounds(cost: Cost, bandwidth: float, products: dict[str, Spread]) -> dict[str, float]:
@@ -161,11 +98,6 @@ def model_bounds(cost: Cost, bandwidth: float, products: dict[str, Spread]) -> d
         fastest = max(v.median for k, v in products.items() if k.endswith(weights))
         bounds[f"prompts of 512, {weights}"] = 512 * fastest / cost.prefill_flops(512)
     return bounds
-
-
-def rate(amount: float, call: Callable[[], object], repeats: int) -> Spread:
-    """How much a second."""
-    return Spread.of(amount / t for t in seconds_each(call, time.perf_counter, repeats, 0.2))
 
 
 def scaled(spread: Spread, by: float) -> Spread:

@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -57,30 +58,58 @@ def turns(pairs: int) -> Iterator[tuple[int, int]]:
         yield (0, 1) if pair % 2 == 0 else (1, 0)
 
 
-def seconds_each(call: Callable[[], object], clock: Callable[[], float], repeats: int, at_least: float) -> list[float]:
+def seconds_each(call: Callable[[], object], repeats: int, at_least: float) -> list[float]:
     """Seconds of one call, `repeats` times, each from a loop of at least `at_least` seconds, after one call."""
     call()
-    start = clock()
+    start = time.perf_counter()
     call()
-    loops = max(1, round(at_least / max(clock() - start, 1e-9)))
+    loops = max(1, round(at_least / max(time.perf_counter() - start, 1e-9)))
     times = []
     for _ in range(repeats):
-        start = clock()
+        start = time.perf_counter()
         for _ in range(loops):
             call()
-        times.append((clock() - start) / loops)
+        times.append((time.perf_counter() - start) / loops)
     return times
 
 
-@contextmanager
-def alone(lock: Path | None) -> Iterator[None]:
-    """Hold an exclusive flock on `lock` meanwhile, so that jobs which take it too neither disturb nor wait for long."""
-    if lock is None:
-        yield
-        return
-    with lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def rate(amount: float, call: Callable[[], object], repeats: int) -> Spread:
+    """How much a second, when a call does `amount`."""
+    return Spread.of(amount / t for t in seconds_each(call, repeats, 0.2))
+
+
+class Turn:
+    """A machine that is shared by turns: an exclusive flock on a file that the others lock, too.
+
+    It is given back about every `seconds`, between two measurements, so that nobody waits for long. Without a file
+    every turn is ours.
+    """
+
+    def __init__(self, path: Path | None, seconds: float) -> None:
+        self._file = None if path is None else path.open("a")
+        self._seconds = seconds
+        self._since: float | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Wait for our turn, unless it still is; end it if it has been long."""
+        if self._file is None:
+            yield
+            return
+        if self._since is None:
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            if time.monotonic() - self._since > self._seconds:
+                self.end()
+
+    def end(self) -> None:
+        """Give the machine back."""
+        if self._file is not None:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._since = None
 
 
 @dataclass(frozen=True, slots=True)

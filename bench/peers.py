@@ -13,13 +13,14 @@ import random
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from contestants import Contestant, Setting, started
 from cost import BYTES, Cost
 from cutaway_server.model.open import open_model
 from launch import LaunchError
-from limits import fastest_read
-from measure import Machine, Spread, alone, commit, figure, print_json, say, table, turns
+from measure import Machine, Spread, Turn, commit, figure, print_json, say, table, turns
+from reading import fastest_read
 from replay import RequestError
 from rows import RATE, Goal, Row, Sizes, rows
 from workload import WORKLOAD, read_workload
@@ -35,11 +36,12 @@ def main() -> None:
         options.models, options.llama, options.vllm, tuple(options.preload), options.threads, tuple(options.our_options)
     )
     sizes = Sizes(tuple(read_workload(options.workload, options.limit)), options.output)
-    pairs = earlier(options.out)
-    with alone(options.lock):
+    book = Book(options.out)
+    turn = Turn(options.lock, options.hold)
+    with turn.held():
         bandwidth = fastest_read(options.threads)
-    failures = run(chosen, setting, sizes, options, pairs)
-    reports = [report(row, pairs[row.name], setting, bandwidth) for row in chosen if pairs.get(row.name)]
+    failures = run(chosen, setting, sizes, options.pairs, book, turn)
+    reports = [report(row, book.of(row.name), setting, bandwidth) for row in chosen if book.of(row.name)]
     if options.json:
         print_json(read_bytes_per_second=bandwidth, threads=options.threads, rows=reports, failures=failures)
     else:
@@ -67,7 +69,8 @@ def read_options() -> argparse.Namespace:
     add("--workload", type=Path, default=WORKLOAD, help="[bench/workload.json]")
     add("--limit", type=int, help="only the first so many requests of the workload")
     add("--out", type=Path, help="file to which pairs are added, and from which a run goes on")
-    add("--lock", type=Path, help="file to lock (flock) during each start and pair, where jobs of a machine take turns")
+    add("--lock", type=Path, help="file to lock (flock) while measuring, where jobs of a machine take turns")
+    add("--hold", type=float, default=45, help="seconds after which the lock is given back between pairs [%(default)s]")
     add("--json", action="store_true")
     add("our_options", nargs="*", help="after --: further options for cutaway-server")
     options = parser.parse_args()
@@ -78,39 +81,51 @@ def read_options() -> argparse.Namespace:
     return options
 
 
-def earlier(out: Path | None) -> dict[str, list[Pair]]:
-    """Pairs of each row that this commit has in the file."""
-    found: dict[str, list[Pair]] = {}
-    for line in out.read_text().splitlines() if out and out.exists() else ():
-        record = json.loads(line)
-        if record["commit"] == commit():
-            found.setdefault(record["row"], []).append(record["pair"])
-    return found
+class Book:
+    """Pairs of each row: what this commit has in the file, and what is added to it."""
+
+    def __init__(self, out: Path | None) -> None:
+        self.rows: dict[str, list[Pair]] = {}
+        self._out = out
+        for line in out.read_text().splitlines() if out and out.exists() else ():
+            record = json.loads(line)
+            if record["commit"] == commit():
+                self.of(record["row"]).append(record["pair"])
+
+    def of(self, row: str) -> list[Pair]:
+        """A row's pairs."""
+        return self.rows.setdefault(row, [])
+
+    def add(self, row: str, pair: Pair) -> None:
+        """Note a pair."""
+        self.of(row).append(pair)
+        say(f"{row}, pair {len(self.of(row))}: " + "; ".join(f"{who} {told(of)}" for who, of in pair.items()))
+        if self._out:
+            with self._out.open("a") as file:
+                file.write(json.dumps({"row": row, "commit": commit(), "pair": pair}) + "\n")
 
 
-def run(
-    chosen: list[Row], setting: Setting, sizes: Sizes, options: argparse.Namespace, pairs: dict[str, list[Pair]]
-) -> dict[str, str]:
-    """Add to `pairs` what is missing; rows that failed, and why. A contestant stays for the rows that follow."""
+def run(chosen: list[Row], setting: Setting, sizes: Sizes, pairs: int, book: Book, turn: Turn) -> dict[str, str]:
+    """Measure what the book lacks; rows that failed, and why. A contestant stays for the rows that follow."""
     failures: dict[str, str] = {}
     here: dict[str, tuple[Contestant, ExitStack]] = {}
     try:
         for row in chosen:
-            done = pairs.setdefault(row.name, [])
             wanted = [who for who in (row.ours, row.peer) if who is not None]
             for who in [who for who in here if who not in wanted]:
                 here.pop(who)[1].close()
-            if len(done) >= options.pairs:
+            if len(book.of(row.name)) >= pairs:
                 continue
             try:
                 for who in wanted:
                     if who not in here:
-                        with alone(options.lock):
+                        with turn.held():
                             here[who] = enter(who, setting)
-                measure_row(row, [here[who][0] for who in wanted], sizes, options, done)
+                measure_row(row, [here[who][0] for who in wanted], sizes, pairs, book, turn)
             except (LaunchError, RequestError) as error:
                 failures[row.name] = str(error)
     finally:
+        turn.end()
         for _, stack in here.values():
             stack.close()
     return failures
@@ -125,23 +140,17 @@ def enter(who: str, setting: Setting) -> tuple[Contestant, ExitStack]:
     return contestant, stack
 
 
-def measure_row(
-    row: Row, contestants: list[Contestant], sizes: Sizes, options: argparse.Namespace, done: list[Pair]
-) -> None:
-    """Add pairs to `done` until there are enough."""
-    for number, order in list(enumerate(turns(options.pairs)))[len(done) :]:
-        with alone(options.lock):
+def measure_row(row: Row, contestants: list[Contestant], sizes: Sizes, pairs: int, book: Book, turn: Turn) -> None:
+    """Add pairs to the book until there are enough."""
+    for number, order in list(enumerate(turns(pairs)))[len(book.of(row.name)) :]:
+        with turn.held():
             # Both of a pair are asked the same, and no two pairs are.
             pair = {
                 ("ours", "peer")[i]: measured(row, contestants[i], sizes, random.Random(f"{row.name} {number}"))
                 for i in order
                 if i < len(contestants)
             }
-        done.append(pair)
-        say(f"{row.name}, pair {number + 1}: " + "; ".join(f"{who} {told(of)}" for who, of in pair.items()))
-        if options.out:
-            with options.out.open("a") as file:
-                file.write(json.dumps({"row": row.name, "commit": commit(), "pair": pair}) + "\n")
+        book.add(row.name, pair)
 
 
 def measured(row: Row, contestant: Contestant, sizes: Sizes, source: random.Random) -> dict[str, float]:
@@ -187,7 +196,7 @@ def share_of_limit(row: Row, rate: float, setting: Setting, bandwidth: float) ->
     return rate / row.streams * cost.decode_bytes(row.streams, 0, element, 2, unembed) / bandwidth
 
 
-def show(reports: list[dict], bandwidth: float, options: argparse.Namespace) -> None:
+def show(reports: list[dict[str, Any]], bandwidth: float, options: argparse.Namespace) -> None:
     """The table."""
     print(Machine.here())
     print(f"{options.threads} threads, reading {bandwidth / 1e9:.1f} GB/s; medians (least to greatest) of the pairs\n")

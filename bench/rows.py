@@ -149,9 +149,9 @@ def rows() -> Sequence[Row]:
     for weights, times in (("bf16", 0.9), ("int8", 0.6)):
         goals = (Goal("first_token_p50_ms", times, at_least=False),)
         found.append(Row(f"first-token-{weights}", first_token, f"our-server {weights}", "vllm-server bf16", goals))
-    goals = (Goal("of_first", 0.15, at_least=False),)
-    found.append(Row("prefix", second_of_a_prefix, "our-server bf16", None, goals, ratio=False))
+    reached = (Goal("of_first", 0.15, at_least=False),)
+    found.append(Row("prefix", second_of_a_prefix, "our-server bf16", None, reached, ratio=False))
     slowed = (("between_p95_of_undisturbed", 2.5), ("first_token_of_undisturbed", 3.0))
-    goals = tuple(Goal(name, times, at_least=False) for name, times in slowed)
-    found.append(Row("long-prompt", beside_a_long_prompt, "our-server bf16", None, goals, ratio=False))
+    kept = tuple(Goal(name, times, at_least=False) for name, times in slowed)
+    found.append(Row("long-prompt", beside_a_long_prompt, "our-server bf16", None, kept, ratio=False))
     return found

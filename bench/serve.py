@@ -11,6 +11,7 @@ import argparse
 import random
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from doors import GrpcDoor
 from launch import LaunchError, our_server
@@ -89,7 +90,7 @@ def merged(runs: list[Summary]) -> dict[str, object]:
 PERCENTILES = ("p50", "p95", "p99")
 
 
-def show(options: argparse.Namespace, asks: list[Ask], records: list[dict]) -> None:
+def show(options: argparse.Namespace, asks: list[Ask], records: list[dict[str, Any]]) -> None:
     """The table."""
     print(f"{len(asks)} requests of {options.workload.name} over gRPC, medians of {options.repeats} runs")
     print(Machine.here())
