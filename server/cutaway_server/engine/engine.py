@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cutaway_server.cache.pages import Pages
 from cutaway_server.engine.batch import BatchBuilder
+from cutaway_server.engine.observed import FORWARD, PREPARE, SAMPLE, SCHEDULE, Observed
 from cutaway_server.engine.requests import Completion, LiveRequest
 from cutaway_server.engine.scoring import score
 from cutaway_server.errors import CutawayError, DeadlineExceeded, EngineFailed
@@ -57,6 +58,7 @@ class Engine:
         self.builder = builder
         self.live: dict[str, LiveRequest] = {}
         self.steps = 0
+        self.observed = Observed(scheduler.max_context)
 
     @property
     def has_work(self) -> bool:
@@ -74,6 +76,7 @@ class Engine:
         self.live[request.request_id] = LiveRequest(
             request, Completion(sequence, sampler), set(range(request.sampling.n))
         )
+        self.observed.arrived(request)
 
     def abort(self, request_id: str, index: int | None = None) -> Events:
         """End a whole request, or completion `index` of it; its blocks are free when this returns."""
@@ -85,11 +88,13 @@ class Engine:
 
     def step(self) -> Events:
         """Compute one step and tell what came of it."""
+        self.observed.begin()
         schedule = self.scheduler.schedule(time.monotonic())
         events = [*self._refused(schedule), *self._started(schedule)]
         if not schedule.work:
             return events
         self.steps += 1
+        self.observed.mark(SCHEDULE)
         residual, rows = self._compute(schedule)
         self.scheduler.complete(schedule)
         draws: list[Draw] = []
@@ -99,7 +104,10 @@ class Engine:
                 draws += self._draws(work, first_row + len(wanted) - 1)
             except Exception as error:
                 events += self.fail(work.sequence.request.request_id, error)
-        return events + self._sample(draws, residual)
+        events += self._sample(draws, residual)
+        self.observed.mark(SAMPLE)
+        self.observed.step(schedule)
+        return events
 
     def _refused(self, schedule: Schedule) -> Iterator[tuple[str, Event]]:
         for sequence in schedule.expired:
@@ -111,9 +119,11 @@ class Engine:
         for sequence, cached_tokens in schedule.started:
             live = self.live[sequence.request.request_id]
             live.started = time.monotonic()
+            self.observed.started(live.request, cached_tokens, looked_up=self.scheduler.looks_up(live.request))
             yield live.request.request_id, Started(cached_tokens)
         for sequence in schedule.preempted:
             self.live[sequence.request.request_id].preemptions += 1
+            self.observed.preemptions += 1
 
     def _compute(self, schedule: Schedule) -> tuple[torch.Tensor, list[tuple[Work, int, NDArray[np.int64]]]]:
         """The last residuals of the wanted rows, and where each work's are: (work, first, its own wanted rows)."""
@@ -122,7 +132,9 @@ class Engine:
             self.pages.copy(source, target)
         wanted = [_wanted(work) for work in schedule.work]
         batch = self.builder.build(schedule.work, wanted)
+        self.observed.mark(PREPARE)
         residual = self.model.forward(batch, self.pages)
+        self.observed.mark(FORWARD)
         firsts = np.cumsum([0, *(len(rows) for rows in wanted)])
         return residual, list(zip(schedule.work, firsts.tolist(), wanted, strict=False))
 

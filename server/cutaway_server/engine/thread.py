@@ -57,6 +57,11 @@ class EngineThread:
         self._inbox.put(Stop())
         self._thread.join()
 
+    @property
+    def queued(self) -> int:
+        """Requests that the engine has not taken in yet."""
+        return self._queued
+
     def idle(self) -> bool:
         """Whether every request submitted has ended."""
         return not self._names
@@ -91,6 +96,7 @@ class EngineThread:
         try:
             while self._take_inbox():
                 self._tell(self.engine.step())
+                self.engine.observed.reported()
         except BaseException as error:
             log.critical("the engine failed in step %d", self.engine.steps, exc_info=error)
             self._failure = error
@@ -107,6 +113,8 @@ class EngineThread:
 
     def _take(self, item: Request | Abort) -> Events:
         if isinstance(item, Abort):
+            if item.index is not None:  # whoever ends one completion of several has found a stop text in it
+                self.engine.observed.stopped(item.request_id, item.index)
             return self.engine.abort(item.request_id, item.index)
         with self._lock:
             self._queued -= 1
@@ -122,6 +130,7 @@ class EngineThread:
     def _tell(self, events: Events) -> None:
         if not events:
             return
+        self.engine.observed.take(events)
         ended = {name for name, event in events if isinstance(event, RequestEnded | RequestFailed)}
         with self._lock:
             self._names -= ended

@@ -74,6 +74,10 @@ class Scheduler:
         """Number of sequences that wait, new or preempted."""
         return len(self.waiting)
 
+    def looks_up(self, request: Request) -> bool:
+        """Whether the prompt of `request` is looked for in the prefix cache."""
+        return self._prefix.serves(request)
+
     def add(self, request: Request) -> Sequence:
         """Queue `request` as one sequence, to be forked into `sampling.n` when its prompt is computed.
 
@@ -119,6 +123,7 @@ class Scheduler:
 
     def schedule(self, now: float) -> Schedule:
         """Decide the next step and take the blocks it needs. `now` is compared to deadlines."""
+        self.pool.statistics.now = now
         draft = Draft(self.max_batch_tokens)
         self._expire(now, draft)
         self._reserve(draft)
