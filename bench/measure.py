@@ -111,6 +111,13 @@ class Turn:
             fcntl.flock(self._file, fcntl.LOCK_UN)
         self._since = None
 
+    def __enter__(self) -> Turn:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:

@@ -37,11 +37,14 @@ def main() -> None:
     )
     sizes = Sizes(tuple(read_workload(options.workload, options.limit)), options.output)
     book = Book(options.out)
-    turn = Turn(options.lock, options.hold)
-    with turn.held():
-        bandwidth = fastest_read(options.threads)
-    failures = run(chosen, setting, sizes, options.pairs, book, turn)
-    reports = [report(row, book.of(row.name), setting, bandwidth) for row in chosen if book.of(row.name)]
+    with Turn(options.lock, options.hold) as turn:
+        failures = run(chosen, setting, sizes, options.pairs, book, turn)
+        measured_rows = [row for row in chosen if book.of(row.name)]
+        bandwidth = 0.0
+        if any(row.streams for row in measured_rows):
+            with turn.held():
+                bandwidth = fastest_read(options.threads)
+    reports = [report(row, book.of(row.name), setting, bandwidth) for row in measured_rows]
     if options.json:
         print_json(read_bytes_per_second=bandwidth, threads=options.threads, rows=reports, failures=failures)
     else:
@@ -125,9 +128,9 @@ def run(chosen: list[Row], setting: Setting, sizes: Sizes, pairs: int, book: Boo
             except (LaunchError, RequestError) as error:
                 failures[row.name] = str(error)
     finally:
-        turn.end()
         for _, stack in here.values():
             stack.close()
+        turn.end()
     return failures
 
 
@@ -199,7 +202,7 @@ def share_of_limit(row: Row, rate: float, setting: Setting, bandwidth: float) ->
 def show(reports: list[dict[str, Any]], bandwidth: float, options: argparse.Namespace) -> None:
     """The table."""
     print(Machine.here())
-    print(f"{options.threads} threads, reading {bandwidth / 1e9:.1f} GB/s; medians (least to greatest) of the pairs\n")
+    print(f"{options.threads} threads; medians (least to greatest) of the pairs\n")
     lines = []
     for row in reports:
         for goal in row["goals"]:
@@ -209,8 +212,9 @@ def show(reports: list[dict[str, Any]], bandwidth: float, options: argparse.Name
             lines.append([row["row"], goal["figure"], *sides, goal["reached"], wanted, verdict, row["pairs"]])
     print(table(["row", "figure", "ours", "peer", "reached", "goal", "", "pairs"], lines))
     for row in reports:
-        if row["share_of_reading_weights"] is not None:
-            print(f"{row['row']}: {100 * row['share_of_reading_weights']:.0f} % of the time that reading weights takes")
+        share = row["share_of_reading_weights"]
+        if share is not None:
+            print(f"{row['row']}: reads its weights at {100 * share:.0f} % of {bandwidth / 1e9:.1f} GB/s")
 
 
 if __name__ == "__main__":
