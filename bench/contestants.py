@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from doors import GrpcDoor, OpenAiDoor
-from launch import LaunchError, Process, Worker, free_port, http_server, our_server, worker
+from launch import PASSIVE, LaunchError, Process, Worker, free_port, http_server, our_server, own_environment, worker
 from replay import Door
 from workload import Ask
 
@@ -118,7 +118,8 @@ class Llama:
         sizes = ["-npp", prompt, "-ntg", output, "-npl", n, "-c", max(512, n * (prompt + output)), "-ub", 512]
         threads = ["-t", self.threads, "-tb", self.threads]
         command = [self.program, "-m", self.model, *threads, *sizes, "--output-format", "jsonl"]
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+        parts = [str(part) for part in command]
+        done = subprocess.run(parts, capture_output=True, text=True, check=False, env=own_environment())
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode or not lines:
             raise LaunchError(f"{self.program.name} ended with {done.returncode}: {done.stderr[-800:]}")
@@ -159,14 +160,13 @@ def started(who: str, setting: Setting) -> Iterator[Contestant]:
         model = found(setting.models / f"{weights}.gguf")
         yield Llama(found(setting.llama / "llama-batched-bench"), model, setting.threads)
     elif place == "ours":
-        with worker([sys.executable, str(WORKERS / "run_ours.py"), *setting.ours(weights)]) as (one, process):
+        with worker([sys.executable, str(WORKERS / "run_ours.py"), *setting.ours(weights)], PASSIVE) as (one, process):
             yield ByWorker(one, process)
     elif place == "our-server":
         with our_server(setting.ours(weights)) as (address, process):
             yield Served(GrpcDoor(address), process)
     elif place == "vllm":
-        model = [str(setting.model(weights)), "bfloat16"]
-        command = [str(found(setting.vllm)), str(WORKERS / "run_vllm.py"), *model]
+        command = [str(found(setting.vllm)), str(WORKERS / "run_vllm.py"), str(setting.model(weights)), "bfloat16"]
         with worker(command, setting.vllm_environment()) as (one, process):
             yield ByWorker(one, process)
     elif place == "vllm-server":

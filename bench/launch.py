@@ -20,6 +20,7 @@ from urllib.request import urlopen
 
 START_SECONDS = 600  # a first start unpacks the model, builds the kernels, or compiles the network
 STOP_SECONDS = 15
+PASSIVE = {"OMP_WAIT_POLICY": "passive"}  # ours: see docs/decisions.md
 
 
 class LaunchError(Exception):
@@ -28,12 +29,15 @@ class LaunchError(Exception):
 
 @contextmanager
 def process(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[Process]:
-    """A process of its own group with pipes for stdin and stdout; its group is ended on leaving."""
+    """A process of its own group with pipes for stdin and stdout; its group is ended on leaving.
+
+    It waits for work as it does by itself: this program's own OMP_WAIT_POLICY is not passed on.
+    """
     with tempfile.TemporaryFile() as log:
         try:
             started = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
-                env={**os.environ, "OMP_WAIT_POLICY": "passive", **(environment or {})},
+                env={**own_environment(), **(environment or {})},
             )  # fmt: skip
         except OSError as error:
             raise LaunchError(f"{command[0]} cannot be started: {error.strerror}") from None
@@ -41,6 +45,11 @@ def process(command: Sequence[str], environment: Mapping[str, str] | None = None
             yield Process(started, log)
         finally:
             _end(started)
+
+
+def own_environment() -> dict[str, str]:
+    """This program's environment, without what it sets for its own threads."""
+    return {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
 
 
 class Process:
@@ -96,7 +105,7 @@ def _end(started: subprocess.Popen[str]) -> None:
 def our_server(options: Sequence[str]) -> Iterator[tuple[str, Process]]:
     """`cutaway-server` with these options on a free port of this machine: its address, and its process."""
     command = [sys.executable, "-m", "cutaway_server", "--listen", "127.0.0.1:0", "--log-level", "warning", *options]
-    with process(command) as server:
+    with process(command, PASSIVE) as server:
         line = server.line()
         if not line.startswith("listening on "):
             raise LaunchError(f"cutaway-server wrote {line!r}: {server.tail()}")
