@@ -27,6 +27,11 @@ class LaunchError(Exception):
     """Something did not start, or broke; the message ends with the last that it wrote."""
 
 
+def unwind_on_sigterm() -> None:
+    """Let SIGTERM end this program as Ctrl-C does: what it started is ended, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
 @contextmanager
 def process(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[Process]:
     """A process of its own group with pipes for stdin and stdout; its group is ended on leaving.

@@ -18,7 +18,7 @@ from typing import Any
 from contestants import Contestant, Setting, started
 from cost import BYTES, Cost
 from cutaway_server.model.open import open_model
-from launch import LaunchError
+from launch import LaunchError, unwind_on_sigterm
 from measure import Machine, Spread, Turn, commit, figure, print_json, say, table, turns
 from reading import fastest_read
 from replay import RequestError
@@ -31,6 +31,7 @@ Pair = dict[str, dict[str, float]]  # "ours" and "peer" to their figures
 def main() -> None:
     """Run the rows that are asked for, and print what they reached."""
     options = read_options()
+    unwind_on_sigterm()
     chosen = [row for row in rows() if not options.only or row.name in options.only]
     setting = Setting(
         options.models, options.llama, options.vllm, tuple(options.preload), options.threads, tuple(options.our_options)

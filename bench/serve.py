@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from doors import GrpcDoor
-from launch import LaunchError, our_server
+from launch import LaunchError, our_server, unwind_on_sigterm
 from measure import Machine, Spread, print_json, say, table
 from replay import Summary, replay
 from workload import WORKLOAD, Ask, drawn, read_workload
@@ -23,6 +23,7 @@ from workload import WORKLOAD, Ask, drawn, read_workload
 def main() -> None:
     """Measure and print."""
     options = read_options()
+    unwind_on_sigterm()
     asks = read_workload(options.workload, options.limit)
     server = nullcontext((options.address, None)) if options.address else our_server(server_options(options))
     records = []
