@@ -22,7 +22,7 @@ GENERATE = "/cutaway.v1.Inference/Generate"
 
 @dataclass(slots=True)
 class GrpcDoor:
-    """Our own server. Messages are kept as bytes: parsing them while they come would cost twice the CPU time."""
+    """Our own server. Messages are kept as bytes while the clock runs; `AsyncClient` takes about 1.5 x the CPU time."""
 
     address: str
     prefix_caching: bool = False
