@@ -37,7 +37,8 @@ def main() -> None:
         options.models, options.llama, options.vllm, tuple(options.preload), options.threads, tuple(options.our_options)
     )
     sizes = Sizes(tuple(read_workload(options.workload, options.limit)), options.output)
-    book = Book(options.out)
+    same = (options.threads, options.output, options.limit, str(options.workload), *options.our_options)
+    book = Book(options.out, " ".join(str(part) for part in same))
     with Turn(options.lock, options.hold) as turn:
         failures = run(chosen, setting, sizes, options.pairs, book, turn)
         measured_rows = [row for row in chosen if book.of(row.name)]
@@ -86,14 +87,15 @@ def read_options() -> argparse.Namespace:
 
 
 class Book:
-    """Pairs of each row: what this commit has in the file, and what is added to it."""
+    """Pairs of each row: what this commit has in the file under the same options, and what is added to it."""
 
-    def __init__(self, out: Path | None) -> None:
+    def __init__(self, out: Path | None, options: str = "") -> None:
+        self._key = {"commit": commit(), "options": options}
         self.rows: dict[str, list[Pair]] = {}
         self._out = out
         for line in out.read_text().splitlines() if out and out.exists() else ():
             record = json.loads(line)
-            if record["commit"] == commit():
+            if self._key.items() <= record.items():
                 self.of(record["row"]).append(record["pair"])
 
     def of(self, row: str) -> list[Pair]:
@@ -106,7 +108,7 @@ class Book:
         say(f"{row}, pair {len(self.of(row))}: " + "; ".join(f"{who} {told(of)}" for who, of in pair.items()))
         if self._out:
             with self._out.open("a") as file:
-                file.write(json.dumps({"row": row, "commit": commit(), "pair": pair}) + "\n")
+                file.write(json.dumps({"row": row, **self._key, "pair": pair}) + "\n")
 
 
 def run(chosen: list[Row], setting: Setting, sizes: Sizes, pairs: int, book: Book, turn: Turn) -> dict[str, str]:
