@@ -49,8 +49,10 @@ dashboards: install  ## regenerate deploy/grafana/dashboards and docs/metrics.md
 	$(BIN)/python deploy/grafana/generate.py
 	$(BIN)/python docs/generate.py
 
-bench: install  ## measure this machine
+bench: install  ## what this machine allows, and what the engine and the server do on it; minutes
+	$(BIN)/python bench/limits.py
 	$(BIN)/python bench/step.py
+	$(BIN)/python bench/serve.py
 
 protos: install  ## regenerate client/cutaway/v1 from protos/
 	$(BIN)/python protos/generate.py
