@@ -18,6 +18,8 @@ class Pages:
 
     keys: Tensor
     values: Tensor
+    key_scales: Tensor | None = None  # of int8: fp32 [layers, pages, kv_heads, page_size]
+    value_scales: Tensor | None = None
 
     @property
     def n_pages(self) -> int:
@@ -31,8 +33,9 @@ class Pages:
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy whole pages, every layer; `source` and `target` are [n] page numbers and do not overlap."""
-        self.keys[:, target] = self.keys[:, source]
-        self.values[:, target] = self.values[:, source]
+        for stored in (self.keys, self.values, self.key_scales, self.value_scales):
+            if stored is not None:
+                stored[:, target] = stored[:, source]
 
 
 def allocate_pages(

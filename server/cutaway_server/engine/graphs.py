@@ -1,0 +1,253 @@
+"""Whole decode steps, recorded once for each size and replayed: one launch for a step, whatever its tokens are.
+
+A step of R sequences, one row each, is laid out for the next size up. Rows that fill it are sequences of one token
+whose keys go to page 0, which nobody reads. Everything that steers a step goes to the device in one copy of one buffer:
+
+    token_ids, previous, positions, slots [R]  how rows draw [5, R]  block_table [R, W]  lists of `Splits` (int32)
+
+Sizes are the rows, the 256-key splits of all rows together, the pages of the longest and how tokens are drawn, each the
+next power of two (of rows at most `max_rows`); graphs are recorded when first needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cutaway_server.cache.pages import Pages
+from cutaway_server.engine.capture import Capture, Replay
+from cutaway_server.engine.draws import FIELDS, Draws, draw
+from cutaway_server.kernels.batch import Batch
+from cutaway_server.kernels.cuda.launch import power_of_two
+from cutaway_server.kernels.cuda.operations import CudaKernels
+from cutaway_server.kernels.cuda.work import SPLIT, Splits, split_arrays
+
+Integers = NDArray[np.int64]
+
+
+class Size(NamedTuple):
+    """What one graph is recorded for."""
+
+    rows: int
+    items: int
+    width: int  # of the block table
+    drawing: str  # "no": residuals only; "greedy"; "plain": greedy or from the whole vocabulary
+
+
+class Outputs(NamedTuple):
+    """What a graph leaves on the device, of all its rows."""
+
+    residual: Tensor  # fp32 [rows, d_model]
+    drawn: Tensor | None  # int64 [2, rows]: token, whether it is valid
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A graph and the tensors it reads and writes."""
+
+    inputs: Tensor
+    outputs: Outputs
+    replay: Replay
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step on its way. `residual` [R, d_model] is to be used before the next step is launched."""
+
+    residual: Tensor
+    _drawn: Tensor | None
+    _done: torch.cuda.Event | None
+
+    def tokens(self) -> tuple[list[int], list[bool]]:
+        """Wait for the drawn tokens: token and whether it is valid, of each row."""
+        assert self._drawn is not None, "launched without draws"
+        if self._done is not None:
+            self._done.synchronize()
+        tokens, valid = self._drawn.tolist()
+        return tokens, [bool(v) for v in valid]
+
+
+class DecodeGraphs:
+    """Launches decode steps of one model over one set of pages."""
+
+    def __init__(self, kernels: CudaKernels, pages: Pages, *, max_rows: int, capture: Capture) -> None:
+        """`max_rows` is the most sequences of one step."""
+        self.kernels = kernels
+        self.pages = pages
+        self.max_rows = max_rows
+        self._capture = capture
+        self._device = pages.keys.device
+        self._recorded: dict[Size, Recording] = {}
+        self._last = torch.zeros(max_rows, dtype=torch.int64, device=self._device)  # tokens of the step before
+
+    @property
+    def sizes(self) -> list[Size]:
+        """What graphs there are."""
+        return list(self._recorded)
+
+    def fits(self, batch: Batch) -> bool:
+        """Whether the step has one row of each sequence, and wants all of them."""
+        rows = batch.n_rows
+        return 0 < rows <= self.max_rows and len(batch.lengths) == rows == len(batch.logit_rows)
+
+    def launch(self, batch: Batch, draws: Draws | None = None, previous: Integers | None = None) -> Launched:
+        """Start a step of a batch that `fits`, on the host; returns before it is computed.
+
+        `previous` [R] names the row of the step before whose drawn token is this row's token id, -1: the batch has it.
+        """
+        assert self.fits(batch)
+        positions = batch.positions.numpy()
+        items = int((positions // SPLIT + 1).sum())
+        size = self._size(batch, items, draws)
+        packed = self._pack(batch, size, draws, previous)
+        recording = self._recorded.get(size)
+        if recording is None:
+            recording = self._recorded[size] = self._record(size, packed)
+        else:
+            recording.inputs.copy_(packed, non_blocking=True)
+            recording.replay()
+        return self._launched(recording, batch.n_rows)
+
+    def _size(self, batch: Batch, items: int, draws: Draws | None) -> Size:
+        rows = min(power_of_two(batch.n_rows), self.max_rows)
+        drawing = "no" if draws is None else "greedy" if draws.greedy else "plain"
+        return Size(rows, power_of_two(items + rows - batch.n_rows), power_of_two(batch.block_table.shape[1]), drawing)
+
+    def _pack(self, batch: Batch, size: Size, draws: Draws | None, previous: Integers | None) -> Tensor:
+        """The step as one pinned buffer."""
+        buffer = torch.zeros(_elements(size), dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        lay, n = Views.of(buffer.numpy(), size), batch.n_rows
+        lay.token_ids[:n], lay.positions[:n], lay.slots[:n] = batch.token_ids, batch.positions, batch.slots
+        lay.previous[:] = -1
+        if previous is not None:
+            lay.previous[:n] = previous
+        lay.draws[0] = np.ones(1).view(np.int64)  # rows that fill the size: a temperature of one, greedy
+        lay.draws[4] = 1
+        if draws is not None:
+            lay.draws[:, :n] = draws.numbers
+        lay.block_table[:n, : batch.block_table.shape[1]] = batch.block_table
+        rows = np.arange(size.rows)
+        tiles, items, of_rows = split_arrays(np.stack([rows, np.ones_like(rows), rows, lay.positions // SPLIT + 1]))
+        lay.tiles[:], lay.rows[:] = tiles, of_rows
+        lay.items[0] = -1
+        lay.items[:, : items.shape[1]] = items
+        return buffer
+
+    def _record(self, size: Size, packed: Tensor) -> Recording:
+        inputs = packed.to(self._device, copy=True)
+        outputs, replay = self._capture(self._step(inputs, size))
+        return Recording(inputs, outputs, replay)
+
+    def _step(self, inputs: Tensor, size: Size) -> Callable[[], Outputs]:
+        """The computation over `inputs`: it looks at nothing on the host but the size."""
+        views = TensorViews.of(inputs, size)
+        starts = torch.arange(size.rows + 1, device=self._device)
+        splits = (Splits(views.tiles, views.items, views.rows),)
+        kernels, config, pages, last = self.kernels, self.kernels.config, self.pages, self._last
+
+        def work() -> Outputs:
+            known = last[views.previous.clamp(min=0)]
+            batch = Batch(
+                torch.where(views.previous >= 0, known, views.token_ids), views.positions, views.slots,
+                views.slots > 0, starts, views.positions + 1, views.block_table, starts[:-1], pages.page_size,
+            )  # fmt: skip
+            plan = kernels.plan_of(batch, splits)
+            residual = kernels.layers(0, config.n_layers, kernels.embed(plan), plan, pages)
+            if size.drawing == "no":
+                return Outputs(residual, None)
+            tokens, valid = draw(kernels.unembed(residual), views.draws, greedy=size.drawing == "greedy")
+            return Outputs(residual, torch.stack([tokens, valid.long()]))
+
+        return torch.no_grad()(work)
+
+    def _launched(self, recording: Recording, rows: int) -> Launched:
+        """Keep the tokens for the next step, and start their copy to the host."""
+        outputs = recording.outputs
+        residual = outputs.residual[:rows]
+        if outputs.drawn is None:
+            return Launched(residual, None, None)
+        drawn = outputs.drawn[:, :rows]
+        self._last[:rows] = drawn[0]
+        if self._device.type != "cuda":
+            return Launched(residual, drawn.clone(), None)
+        host = torch.empty(drawn.shape, dtype=torch.int64, pin_memory=True)
+        host.copy_(drawn, non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        return Launched(residual, host, done)
+
+
+def _elements(size: Size) -> int:
+    """int64s of the whole buffer; two int32s of the lists take one."""
+    return (4 + FIELDS + size.width) * size.rows + (7 * size.rows + 2 * size.items + 1) // 2
+
+
+@dataclass(frozen=True, slots=True)
+class Views:
+    """The buffer on the host, by what it holds."""
+
+    token_ids: Integers
+    previous: Integers
+    positions: Integers
+    slots: Integers
+    draws: Integers
+    block_table: Integers
+    tiles: NDArray[np.int32]
+    items: NDArray[np.int32]
+    rows: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, buffer: Integers, size: Size) -> Views:
+        """Views of a buffer laid out for `size`."""
+        wide, narrow = _places(size)
+        ids, previous, positions, slots, draws, table = (buffer[a:b].reshape(shape) for a, b, shape in wide)
+        tiles, items, rows = (buffer.view(np.int32)[a:b].reshape(shape) for a, b, shape in narrow)
+        return cls(ids, previous, positions, slots, draws, table, tiles, items, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorViews:
+    """The buffer on the device, by what it holds."""
+
+    token_ids: Tensor
+    previous: Tensor
+    positions: Tensor
+    slots: Tensor
+    draws: Tensor
+    block_table: Tensor
+    tiles: Tensor
+    items: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, buffer: Tensor, size: Size) -> TensorViews:
+        """Views of a buffer laid out for `size`."""
+        wide, narrow = _places(size)
+        parts = [buffer[start:stop].view(shape) for start, stop, shape in wide]
+        lists = [buffer.view(torch.int32)[start:stop].view(shape) for start, stop, shape in narrow]
+        return cls(*parts, *lists)
+
+
+Place = tuple[int, int, tuple[int, ...]]
+
+
+def _places(size: Size) -> tuple[list[Place], list[Place]]:
+    """Where each part is, and its shape: of int64s, and, counted in int32s, of the lists."""
+    n = size.rows
+    wide = _successive(0, [(n,), (n,), (n,), (n,), (FIELDS, n), (n, size.width)])
+    return wide, _successive(2 * wide[-1][1], [(4, n), (2, size.items), (3, n)])
+
+
+def _successive(start: int, shapes: list[tuple[int, ...]]) -> list[Place]:
+    places = []
+    for shape in shapes:
+        stop = start + int(np.prod(shape))
+        places.append((start, stop, shape))
+        start = stop
+    return places
