@@ -65,6 +65,7 @@ def build_engine(
     Raises:
         ModelError: the model does not fit, or the options do not fit the model.
     """
+    _check_step(config)
     device, dtype = choose_device(config.device), choose_dtype(config.dtype, choose_device(config.device))
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     context = _context(config, checkpoint.config)
@@ -130,6 +131,14 @@ def choose_kernels(name: str, model: ModelConfig, weights: Weights, context: int
     if name == "cpu":
         raise ModelError("--kernels cpu: the native library cannot be had here; the log says why")
     return ReferenceKernels(model, weights, context)
+
+
+def _check_step(config: Config) -> None:
+    if config.max_batch_tokens < config.max_running:
+        raise ModelError(
+            f"--max-batch-tokens: {config.max_batch_tokens} is less than --max-running {config.max_running}, and a "
+            "step computes a token of each completion that runs"
+        )
 
 
 def _context(config: Config, model: ModelConfig) -> int:

@@ -14,11 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from cutaway_server.architecture import ModelConfig, Rope
-from cutaway_server.cache.pages import Pages
+from cutaway_server.cache.pages import LARGEST, Pages
 from cutaway_server.kernels.cuda.launch import EXACT, flat, power_of_two, warps
 from cutaway_server.kernels.weights import LayerWeights, Norm
 
-LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # of what 8 bits hold
 
 
 @triton.jit
@@ -111,13 +110,15 @@ def store_heads(
     d = tl.arange(0, D_BLOCK)[None, :]
     line = ((slot // PAGE) * HEADS + head) * PAGE + slot % PAGE
     if SCALED:
-        highest = tl.max(tl.abs(tl.where(inside, x, 0.0)), 1, keep_dims=True)
-        scale = tl.where(highest > 0.0, highest / LARGEST, 1.0)
+        x = tl.where(inside, x, 0.0)
+        broken = tl.sum(x * 0.0, 1, keep_dims=True)  # NaN if one is not finite: then so is the scale
+        scale = tl.max(tl.abs(x), 1, keep_dims=True) / LARGEST + broken
         tl.store(scales + line, scale, mask=head < HEADS)
+        x = x / tl.where(scale > 0.0, scale, 1.0)
         if LARGEST == 127.0:
-            tl.store(pages + line * D + d, to_int8(x / scale), mask=inside)
+            tl.store(pages + line * D + d, to_int8(x), mask=inside)
         else:
-            tl.store(pages + line * D + d, to_e4m3(x / scale), mask=inside)
+            tl.store(pages + line * D + d, to_e4m3(x), mask=inside)
     else:
         tl.store(pages + line * D + d, x.to(pages.dtype.element_ty), mask=inside)
 
