@@ -45,6 +45,7 @@ class Draw:
     live: LiveRequest
     completion: Completion
     row: int
+    step: int
 
 
 class Engine:
@@ -85,7 +86,9 @@ class Engine:
 
     def step(self) -> Events:
         """Compute one step and tell what came of it."""
-        schedule = self.scheduler.schedule(time.monotonic())
+        return self._run(self.scheduler.schedule(time.monotonic()))
+
+    def _run(self, schedule: Schedule) -> Events:
         events = [*self._refused(schedule), *self._started(schedule)]
         if not schedule.work:
             return events
@@ -117,14 +120,17 @@ class Engine:
 
     def _compute(self, schedule: Schedule) -> tuple[torch.Tensor, list[tuple[Work, int, NDArray[np.int64]]]]:
         """The last residuals of the wanted rows, and where each work's are: (work, first, its own wanted rows)."""
-        if schedule.copies:
-            source, target = torch.tensor(schedule.copies, device=self.builder.device).unbind(1)
-            self.pages.copy(source, target)
+        self._copy(schedule)
         wanted = [_wanted(work) for work in schedule.work]
         batch = self.builder.build(schedule.work, wanted)
         residual = self.model.forward(batch, self.pages)
         firsts = np.cumsum([0, *(len(rows) for rows in wanted)])
         return residual, list(zip(schedule.work, firsts.tolist(), wanted, strict=False))
+
+    def _copy(self, schedule: Schedule) -> None:
+        if schedule.copies:
+            source, target = torch.tensor(schedule.copies, device=self.pages.keys.device).unbind(1)
+            self.pages.copy(source, target)
 
     def _prompt_done(
         self, work: Work, residual: torch.Tensor, wanted: NDArray[np.int64]
@@ -147,9 +153,9 @@ class Engine:
         if live is None or not work.samples or work.sequence.finished:
             return []
         if live.prompt is None:
-            return [Draw(live, live.completions[work.sequence.index], row)]
+            return [Draw(live, live.completions[work.sequence.index], row, self.steps)]
         self._fork(live, live.prompt)
-        return [Draw(live, completion, row) for completion in live.completions.values()]
+        return [Draw(live, completion, row, self.steps) for completion in live.completions.values()]
 
     def _fork(self, live: LiveRequest, prompt: Completion) -> None:
         """Turn a computed prompt into the completions that are still wanted."""
@@ -174,6 +180,10 @@ class Engine:
             if len(draws) == 1:
                 return self.fail(draws[0].live.request.request_id, error)
             return [event for draw in draws for event in self._sample([draw], residual)]
+        return self._take(draws, drawn)
+
+    def _take(self, draws: Items[Draw], drawn: Items[tuple[int, bool, Logprobs | None]]) -> Events:
+        """Take in a token for each draw, whether it is valid, and its log-probabilities."""
         events: Events = []
         for draw, (token, valid, logprobs) in zip(draws, drawn, strict=True):
             try:
@@ -202,7 +212,7 @@ class Engine:
         draw.completion.sampler.append(token)
         live.last_token = time.monotonic()
         live.first_token = live.first_token or live.last_token
-        yield live.request.request_id, Sampled(sequence.index, token, self.steps, logprobs)
+        yield live.request.request_id, Sampled(sequence.index, token, draw.step, logprobs)
         if token in sampling.eos_token_ids or token in sampling.stop_token_ids:
             stop = None if token in sampling.eos_token_ids else token
             yield from self._end(live, sequence.index, FinishReason.STOP, stop)

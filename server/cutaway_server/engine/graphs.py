@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,10 +25,19 @@ from cutaway_server.engine.capture import Capture, Replay
 from cutaway_server.engine.draws import FIELDS, Draws, draw
 from cutaway_server.kernels.batch import Batch
 from cutaway_server.kernels.cuda.launch import power_of_two
-from cutaway_server.kernels.cuda.operations import CudaKernels
 from cutaway_server.kernels.cuda.work import SPLIT, Splits, split_arrays
+from cutaway_server.kernels.interface import Kernels
+from cutaway_server.kernels.plan import Plan
+from cutaway_server.model.transformer import Transformer
 
 Integers = NDArray[np.int64]
+
+
+class RecordableKernels(Kernels, Protocol):
+    """Kernels whose plan can be made without looking at the batch."""
+
+    def plan_of(self, batch: Batch, work: tuple[Splits, ...], prompts: Tensor | None = None) -> Plan:
+        """A plan whose work is laid out already."""
 
 
 class Size(NamedTuple):
@@ -76,7 +85,7 @@ class Launched:
 class DecodeGraphs:
     """Launches decode steps of one model over one set of pages."""
 
-    def __init__(self, kernels: CudaKernels, pages: Pages, *, max_rows: int, capture: Capture) -> None:
+    def __init__(self, kernels: RecordableKernels, pages: Pages, *, max_rows: int, capture: Capture) -> None:
         """`max_rows` is the most sequences of one step."""
         self.kernels = kernels
         self.pages = pages
@@ -181,6 +190,20 @@ class DecodeGraphs:
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         return Launched(residual, host, done)
+
+
+class GraphedTransformer(Transformer):
+    """A transformer whose steps of one row each are replayed."""
+
+    def __init__(self, graphs: DecodeGraphs) -> None:
+        super().__init__(graphs.kernels)
+        self._graphs = graphs
+
+    def forward(self, batch: Batch, pages: Pages) -> Tensor:
+        """As `Transformer.forward`, of a batch on the host; to be used before the next step is launched."""
+        if pages is self._graphs.pages and self._graphs.fits(batch):
+            return self._graphs.launch(batch).residual
+        return super().forward(batch, pages)
 
 
 def _elements(size: Size) -> int:

@@ -19,7 +19,6 @@ from cutaway_server.kernels.cuda.launch import EXACT, flat, power_of_two, warps
 from cutaway_server.kernels.weights import LayerWeights, Norm
 
 
-
 @triton.jit
 def load_part(joined, bias, place, column, inside, BIAS: tl.constexpr):
     """Values of one row's part, fp32, with the bias."""
