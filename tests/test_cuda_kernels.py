@@ -5,7 +5,9 @@ On a machine with a GPU they are compiled, and run there: `tests/test_gpu.py`.
 
 from __future__ import annotations
 
+import logging
 import random
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import torch
 from cutaway_server.architecture import LayerConfig, ModelConfig
 from cutaway_server.cache.pages import Pages, allocate_pages, quantize
+from cutaway_server.engine.build import _cuda_kernels as cuda_kernels
 from cutaway_server.engine.build import choose_kernels
 from cutaway_server.errors import ModelError
 from cutaway_server.kernels.batch import Batch
@@ -348,3 +351,16 @@ def rows_of(splits: Splits, layout: Layout) -> list[int]:
 def test_cuda_kernels_are_refused_where_there_is_no_gpu() -> None:
     with pytest.raises(ModelError, match="--kernels cuda: needs a CUDA device, not cpu"):
         choose_kernels("cuda", PLAIN, random_weights(PLAIN), 1024)
+
+
+def test_without_triton_auto_is_the_reference_after_one_warning_and_cuda_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "cutaway_server.kernels.cuda.operations", None)
+    arguments = (PLAIN, random_weights(PLAIN), 64)
+    with caplog.at_level(logging.WARNING):
+        assert cuda_kernels("auto", *arguments, batch_invariant=False) is None
+    assert len(caplog.records) == 1
+    assert "the slower reference kernels serve" in caplog.text
+    with pytest.raises(ModelError, match=r"--kernels cuda: Triton cannot be imported .* pip install 'cutaway\[cuda\]'"):
+        cuda_kernels("cuda", *arguments, batch_invariant=False)
