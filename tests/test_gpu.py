@@ -42,7 +42,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 GPU = torch.device("cuda")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
 WIDE = replace(
-    PLAIN, d_model=256, n_heads=8, n_kv_heads=2, d_head=64, d_mlp=512, layers=(LayerConfig(None, PLAIN.layers[0].rope),) * 2
+    PLAIN, d_model=256, n_heads=8, n_kv_heads=2, d_head=64, d_mlp=512,
+    layers=(LayerConfig(None, PLAIN.layers[0].rope),) * 2,
 )  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def test_logits_equal_the_references(name: str, dtype: torch.dtype) -> None:
     for kernels in (CudaKernels(config, weights, 1024), ReferenceKernels(config, weights, 1024)):
         model, pages = Transformer(kernels), empty_pages(config, dtype)
         model.forward(flat(parts, 16).to(GPU), pages)
-        step = [(ids + [5], len(ids), len(ids) + 1, blocks) for ids, _, _, blocks in parts]
+        step = [([*ids, 5], len(ids), len(ids) + 1, blocks) for ids, _, _, blocks in parts]
         found.append(model.logits(model.forward(flat(step, 16).to(GPU), pages)))
     limit = TOLERANCE[dtype] * max(1.0, float(found[1].abs().max()))
     assert (found[0] - found[1]).abs().max() < limit
