@@ -112,6 +112,7 @@ if __name__ == "__main__":
         ("llama fp16", (LLAMA, torch.float16), {}),
         ("llama fp32", (LLAMA, torch.float32), {}),
         ("llama bf16, fp8 kv", (LLAMA, bf16, torch.float8_e4m3fn), {}),
+        ("llama bf16, int8 kv", (LLAMA, bf16, torch.int8), {}),
         ("llama bf16 invariant", (LLAMA, bf16), {"invariant": True}),
         ("smollm2 bf16", (SMOLLM2, bf16), {}),
         ("gemma bf16", (GEMMA, bf16), {}),
