@@ -152,6 +152,7 @@ async def _serve_engine(server: Server, address: str, engine: Engine, facts: Eng
     thread = EngineThread(engine, server.desk.report, on_death)
     thread.start()
     try:
+        server.metrics.watch(thread, facts)
         await server.serve(thread, facts, text)
         print(f"listening on {address}", flush=True)
         return await _until_told(server, dead)

@@ -45,6 +45,10 @@ def _check_listen(value: object) -> object:
     return value
 
 
+def _check_optional_listen(value: object) -> object:
+    return None if value in ("", "none") else value if value is None else _check_listen(value)
+
+
 def _check_page_size(size: int) -> int:
     if not 16 <= size <= 256 or size & (size - 1):
         raise ValueError("must be a power of two from 16 to 256")
@@ -111,6 +115,12 @@ class Config(BaseModel):
     )
     max_backlog: Annotated[Bytes, Field(ge=2**16)] = Field(
         32 * 2**20, description="Bytes held for a reader that does not read; over it that request ends."
+    )
+    metrics_listen: Annotated[str | None, BeforeValidator(_check_optional_listen)] = Field(
+        "127.0.0.1:9464", description="HOST:PORT of /metrics for Prometheus; port 0 picks one, none serves none."
+    )
+    metrics_compat: Literal["none", "vllm"] = Field(
+        "none", description="Names that metrics also have: vllm, so that its dashboards and alerts work."
     )
     tokenizer_threads: Annotated[int, Field(ge=1, le=64)] = Field(2, description="Threads that tokenise and decode.")
 

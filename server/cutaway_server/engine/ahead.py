@@ -21,6 +21,7 @@ from cutaway_server.engine.batch import BatchBuilder
 from cutaway_server.engine.draws import Draws, plain_draws
 from cutaway_server.engine.engine import Draw, Engine, Events
 from cutaway_server.engine.graphs import DecodeGraphs, GraphedTransformer, Launched
+from cutaway_server.engine.observed import FORWARD, PREPARE, REPORT, SAMPLE, SCHEDULE
 from cutaway_server.scheduler import Schedule, Scheduler
 
 
@@ -43,6 +44,7 @@ class AheadEngine(Engine):
 
     def step(self) -> Events:
         """Launch or compute one step, and tell what came of it or of the one before."""
+        self.observed.begin()
         if self._flight is not None and not self._may_run_ahead(self._flight):
             return self._land()
         flight = self._flight
@@ -91,12 +93,18 @@ class AheadEngine(Engine):
 
     def _launch(self, schedule: Schedule, draws: tuple[list[Draw], Draws], before: Flight | None) -> Events:
         """Start a step, then tell of the one before."""
+        self.observed.mark(SCHEDULE)
         self._copy(schedule)
         self.steps += 1
-        batch = self.builder.build(schedule.work, [np.zeros(1, np.int64)] * len(schedule.work))
+        batch = self.builder.build(schedule.work, [1] * len(schedule.work))
         launched = self.graphs.launch(batch, draws[1], None if before is None else _rows_before(schedule, before))
         self._flight = Flight(schedule, draws[0], launched)
-        return [] if before is None else self._tell(before)
+        self.observed.mark(PREPARE)
+        self.before_compute()
+        self.observed.mark(REPORT)
+        events = [] if before is None else self._tell(before)
+        self.observed.step(schedule)
+        return events
 
     def _land(self) -> Events:
         """Wait for the step on its way, and tell of it."""
@@ -108,8 +116,11 @@ class AheadEngine(Engine):
 
     def _tell(self, flight: Flight) -> Events:
         tokens, valid = flight.launched.tokens()
+        self.observed.mark(FORWARD)
         draws = _unfinished(flight)
-        return self._take(draws, [(tokens[draw.row], valid[draw.row], None) for draw in draws])
+        events = self._take(draws, [(tokens[draw.row], valid[draw.row], None) for draw in draws])
+        self.observed.mark(SAMPLE)
+        return events
 
 
 def _unfinished(flight: Flight) -> list[Draw]:

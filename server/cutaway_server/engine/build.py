@@ -20,6 +20,7 @@ from cutaway_server.config import Config
 from cutaway_server.engine.batch import BatchBuilder
 from cutaway_server.engine.engine import Engine
 from cutaway_server.engine.memory import available_bytes, count_pages
+from cutaway_server.engine.observed import Observed
 from cutaway_server.errors import ModelError
 from cutaway_server.kernels.cpu import DTYPES as CPU_DTYPES
 from cutaway_server.kernels.cpu import CpuKernels
@@ -240,3 +241,4 @@ def warm_up(engine: Engine) -> None:
             if isinstance(event, RequestFailed):
                 raise ModelError(f"the model computes no usable logits: {event.error}")
     engine.steps = 0
+    engine.observed = Observed(engine.scheduler.max_context)

@@ -39,9 +39,8 @@ def plain_draws(states: Sequence[SamplerState], positions: Sequence[int]) -> Dra
 
 
 def _plain(state: SamplerState) -> bool:
-    sampling = state.sampling
-    alone = state.biases is None and state.seen is None and sampling.logprobs is None and not sampling.bad_words
-    return alone and state.path in (Path.GREEDY, Path.PLAIN) and not len(state.banned())
+    alone = state.biases is None and state.sampling.logprobs is None and not state.past_matters
+    return alone and state.path in (Path.GREEDY, Path.PLAIN)
 
 
 def draw(logits: Tensor, numbers: Tensor, *, greedy: bool) -> tuple[Tensor, Tensor]:

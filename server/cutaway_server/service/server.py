@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import grpc
 from cutaway.v1 import inference_pb2 as v1
@@ -18,6 +20,7 @@ from cutaway_server.service.desk import Backend, Desk
 from cutaway_server.service.health import Health, first_of
 from cutaway_server.service.inference import Inference, Served
 from cutaway_server.service.methods import methods_of
+from cutaway_server.service.metrics import Metrics
 from cutaway_server.service.reflection import Reflection
 from cutaway_server.service.workers import Workers
 from cutaway_server.text.tokenizer import TextModel
@@ -43,7 +46,8 @@ class Server:
         self.desk = Desk(asyncio.get_running_loop())
         self._inference = Inference(self.desk, self._workers, config)
         self._health = Health(("", INFERENCE.full_name))
-        self._grpc = grpc.aio.server(options=_options(config))
+        self.metrics = Metrics(config)
+        self._grpc = grpc.aio.server(interceptors=[self.metrics.calls], options=_options(config))
         reflection = Reflection(service.full_name for service in (INFERENCE, HEALTH, REFLECTION))
         parts = ((INFERENCE, self._inference), (HEALTH, self._health), (REFLECTION, reflection))
         self._grpc.add_generic_rpc_handlers([methods_of(service, part) for service, part in parts])
@@ -55,12 +59,11 @@ class Server:
             ListenError: the address is taken or not ours.
         """
         host, _, port = self._config.listen.rpartition(":")
-        try:
+        with _listening("--listen", self._config.listen):
             _try(host, int(port))
             bound = self._grpc.add_insecure_port(self._config.listen)
-        except (OSError, RuntimeError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise ListenError(f"--listen: {self._config.listen!r} cannot be listened on: {why}") from None
+        with _listening("--metrics-listen", self._config.metrics_listen):
+            self.metrics.listen()
         await self._health.tell(serving=False)
         await self._grpc.start()
         return f"{host}:{bound}"
@@ -69,11 +72,11 @@ class Server:
         """Take requests from now on."""
         self.desk.connect(backend)
         self._inference.served = Served(self._config.name, facts, text)
-        await self._health.tell(serving=True)
+        await self._tell(serving=True)
 
     async def drain(self, *cuts: asyncio.Event) -> None:
         """Take no more requests; let those that run finish, until the drain timeout or one of `cuts`."""
-        await self._health.tell(serving=False)
+        await self._tell(serving=False)
         self.desk.refuse(Draining("the server is going down"))
         await first_of(self.desk.quiet(), *(cut.wait() for cut in cuts), timeout=self._config.drain_timeout)
 
@@ -81,13 +84,27 @@ class Server:
         """End what still runs, and whatever comes, with `error`."""
         self.desk.refuse(error)
         self.desk.end_all(error)
-        await self._health.tell(serving=False)
+        await self._tell(serving=False)
 
     async def stop(self) -> None:
         """Close: calls that are over get a moment to say so."""
         self._health.end_watches()
         await self._grpc.stop(FAREWELL_SECONDS)
         self._workers.stop()
+        await self.metrics.stop()
+
+    async def _tell(self, *, serving: bool) -> None:
+        self.metrics.service.ready = serving
+        await self._health.tell(serving=serving)
+
+
+@contextmanager
+def _listening(option: str, address: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ListenError(f"{option}: {address!r} cannot be listened on: {why}") from None
 
 
 def _try(host: str, port: int) -> None:
