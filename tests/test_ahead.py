@@ -7,13 +7,15 @@ reference, whose rows do not know how many others fill the size of a graph.
 from __future__ import annotations
 
 import random
+import threading
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from cutaway_server.request import FinishReason
+from cutaway_server.engine.thread import EngineThread
+from cutaway_server.request import FinishReason, RequestEnded
 from cutaway_server.sampler import SamplerState, build_batch, sample
 from engines import CONTEXT, Answer, ask, make_engine, run
 from networks import PLAIN, flat, pages_for, random_weights
@@ -25,7 +27,8 @@ from cutaway_server.engine.ahead import AheadEngine
 from cutaway_server.engine.capture import EagerCapture
 from cutaway_server.engine.draws import Draws, draw, plain_draws
 from cutaway_server.engine.engine import Engine
-from cutaway_server.engine.graphs import DecodeGraphs, Size
+from cutaway_server.engine.graphs import DecodeGraphs
+from cutaway_server.engine.packed import Size
 from cutaway_server.kernels.cuda.launch import interpreting
 from cutaway_server.kernels.cuda.operations import CudaKernels
 from cutaway_server.kernels.reference import ReferenceKernels
@@ -164,6 +167,32 @@ def test_answers_reach_the_end_of_the_context() -> None:
     answers = run(engine, request)
     assert len(answers["r"].tokens[0]) == CONTEXT - 50
     assert said(answers) == said(run(make_engine(), request))
+
+
+def test_on_its_own_thread_everything_is_told_and_in_order() -> None:
+    source = random.Random(9)
+    requests = [question(i, source, n=1) for i in range(8)]
+    expected = said(run(make_engine(), *requests))
+    engine, graphs = make_ahead()
+    answers = {request.request_id: Answer() for request in requests}
+    ended = threading.Semaphore(0)
+
+    def report(events) -> None:
+        for name, event in events:
+            answers[name].take(event)
+            if isinstance(event, RequestEnded):
+                ended.release()
+
+    thread = EngineThread(engine, report, on_death=lambda error: pytest.fail(str(error)))
+    thread.start()
+    for request in requests:
+        thread.submit(request)
+    for _ in requests:
+        assert ended.acquire(timeout=60)
+    thread.stop()
+    assert said(answers) == expected
+    assert graphs.ahead
+    assert thread.idle()
 
 
 class NothingReachesTheHost(TorchDispatchMode):

@@ -42,6 +42,11 @@ class AheadEngine(Engine):
         self.graphs = graphs
         self._flight: Flight | None = None
 
+    @property
+    def computing(self) -> bool:
+        """Whether a step is on its way."""
+        return self._flight is not None
+
     def step(self) -> Events:
         """Launch or compute one step, and tell what came of it or of the one before."""
         self.observed.begin()

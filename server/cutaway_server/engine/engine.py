@@ -68,6 +68,11 @@ class Engine:
         """Whether a step would compute something."""
         return bool(self.live)
 
+    @property
+    def computing(self) -> bool:
+        """Whether a step is being computed between two calls of `step`, so that there is time to tell of the last."""
+        return False
+
     def add(self, request: Request) -> None:
         """Queue a request.
 

@@ -1,12 +1,9 @@
 """Whole decode steps, recorded once for each size and replayed: one launch for a step, whatever its tokens are.
 
 A step of R sequences, one row each, is laid out for the next size up. Rows that fill it are sequences of one token
-whose keys go to page 0, which nobody reads. Everything that steers a step goes to the device in one copy of one buffer:
-
-    token_ids, previous, positions, slots [R]  how rows draw [5, R]  block_table [R, W]  lists of `Splits` (int32)
-
-Sizes are the rows, the 256-key splits of all rows together, the pages of the longest and how tokens are drawn, each the
-next power of two (of rows at most `max_rows`); graphs are recorded when first needed.
+whose keys go to page 0, which nobody reads. Everything that steers a step goes to the device in one copy of one buffer
+(`packed.py`). Sizes are the rows, the 256-key splits of all rows together, the pages of the longest and how tokens are
+drawn, each the next power of two (of rows at most `max_rows`); graphs are recorded when first needed.
 """
 
 from __future__ import annotations
@@ -22,7 +19,8 @@ from torch import Tensor
 
 from cutaway_server.cache.pages import Pages
 from cutaway_server.engine.capture import Capture, Replay
-from cutaway_server.engine.draws import FIELDS, Draws, draw
+from cutaway_server.engine.draws import Draws, draw
+from cutaway_server.engine.packed import Packed, Size, elements
 from cutaway_server.kernels.batch import Batch
 from cutaway_server.kernels.cuda.launch import power_of_two
 from cutaway_server.kernels.cuda.work import SPLIT, Splits, split_arrays
@@ -38,15 +36,6 @@ class RecordableKernels(Kernels, Protocol):
 
     def plan_of(self, batch: Batch, work: tuple[Splits, ...], prompts: Tensor | None = None) -> Plan:
         """A plan whose work is laid out already."""
-
-
-class Size(NamedTuple):
-    """What one graph is recorded for."""
-
-    rows: int
-    items: int
-    width: int  # of the block table
-    drawing: str  # "no": residuals only; "greedy"; "plain": greedy or from the whole vocabulary
 
 
 class Outputs(NamedTuple):
@@ -130,19 +119,20 @@ class DecodeGraphs:
 
     def _pack(self, batch: Batch, size: Size, draws: Draws | None, previous: Integers | None) -> Tensor:
         """The step as one pinned buffer."""
-        buffer = torch.zeros(_elements(size), dtype=torch.int64, pin_memory=self._device.type == "cuda")
-        lay, n = Views.of(buffer.numpy(), size), batch.n_rows
+        buffer = torch.zeros(elements(size), dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        lay, n = Packed.of(buffer, size), batch.n_rows
         lay.token_ids[:n], lay.positions[:n], lay.slots[:n] = batch.token_ids, batch.positions, batch.slots
-        lay.previous[:] = -1
+        lay.previous.fill_(-1)
         if previous is not None:
-            lay.previous[:n] = previous
-        lay.draws[0] = np.ones(1).view(np.int64)  # rows that fill the size: a temperature of one, greedy
+            lay.previous[:n] = torch.from_numpy(previous)
+        lay.draws[0].view(torch.float64).fill_(1.0)  # rows that fill the size: a temperature of one, greedy
         lay.draws[4] = 1
         if draws is not None:
-            lay.draws[:, :n] = draws.numbers
+            lay.draws[:, :n] = torch.from_numpy(draws.numbers)
         lay.block_table[:n, : batch.block_table.shape[1]] = batch.block_table
         rows = np.arange(size.rows)
-        tiles, items, of_rows = split_arrays(np.stack([rows, np.ones_like(rows), rows, lay.positions // SPLIT + 1]))
+        splits = lay.positions.numpy() // SPLIT + 1
+        tiles, items, of_rows = map(torch.from_numpy, split_arrays(np.stack([rows, np.ones_like(rows), rows, splits])))
         lay.tiles[:], lay.rows[:] = tiles, of_rows
         lay.items[0] = -1
         lay.items[:, : items.shape[1]] = items
@@ -155,7 +145,7 @@ class DecodeGraphs:
 
     def _step(self, inputs: Tensor, size: Size) -> Callable[[], Outputs]:
         """The computation over `inputs`: it looks at nothing on the host but the size."""
-        views = TensorViews.of(inputs, size)
+        views = Packed.of(inputs, size)
         starts = torch.arange(size.rows + 1, device=self._device)
         splits = (Splits(views.tiles, views.items, views.rows),)
         kernels, config, pages, last = self.kernels, self.kernels.config, self.pages, self._last
@@ -204,73 +194,3 @@ class GraphedTransformer(Transformer):
         if pages is self._graphs.pages and self._graphs.fits(batch):
             return self._graphs.launch(batch).residual
         return super().forward(batch, pages)
-
-
-def _elements(size: Size) -> int:
-    """int64s of the whole buffer; two int32s of the lists take one."""
-    return (4 + FIELDS + size.width) * size.rows + (7 * size.rows + 2 * size.items + 1) // 2
-
-
-@dataclass(frozen=True, slots=True)
-class Views:
-    """The buffer on the host, by what it holds."""
-
-    token_ids: Integers
-    previous: Integers
-    positions: Integers
-    slots: Integers
-    draws: Integers
-    block_table: Integers
-    tiles: NDArray[np.int32]
-    items: NDArray[np.int32]
-    rows: NDArray[np.int32]
-
-    @classmethod
-    def of(cls, buffer: Integers, size: Size) -> Views:
-        """Views of a buffer laid out for `size`."""
-        wide, narrow = _places(size)
-        ids, previous, positions, slots, draws, table = (buffer[a:b].reshape(shape) for a, b, shape in wide)
-        tiles, items, rows = (buffer.view(np.int32)[a:b].reshape(shape) for a, b, shape in narrow)
-        return cls(ids, previous, positions, slots, draws, table, tiles, items, rows)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorViews:
-    """The buffer on the device, by what it holds."""
-
-    token_ids: Tensor
-    previous: Tensor
-    positions: Tensor
-    slots: Tensor
-    draws: Tensor
-    block_table: Tensor
-    tiles: Tensor
-    items: Tensor
-    rows: Tensor
-
-    @classmethod
-    def of(cls, buffer: Tensor, size: Size) -> TensorViews:
-        """Views of a buffer laid out for `size`."""
-        wide, narrow = _places(size)
-        parts = [buffer[start:stop].view(shape) for start, stop, shape in wide]
-        lists = [buffer.view(torch.int32)[start:stop].view(shape) for start, stop, shape in narrow]
-        return cls(*parts, *lists)
-
-
-Place = tuple[int, int, tuple[int, ...]]
-
-
-def _places(size: Size) -> tuple[list[Place], list[Place]]:
-    """Where each part is, and its shape: of int64s, and, counted in int32s, of the lists."""
-    n = size.rows
-    wide = _successive(0, [(n,), (n,), (n,), (n,), (FIELDS, n), (n, size.width)])
-    return wide, _successive(2 * wide[-1][1], [(4, n), (2, size.items), (3, n)])
-
-
-def _successive(start: int, shapes: list[tuple[int, ...]]) -> list[Place]:
-    places = []
-    for shape in shapes:
-        stop = start + int(np.prod(shape))
-        places.append((start, stop, shape))
-        start = stop
-    return places
