@@ -59,5 +59,5 @@ def prefill_attention(
         D_BLOCK=max(16, power_of_two(config.d_head)), M=max(PROMPT_ROWS, power_of_two(config.group)), N=KEYS_AT_ONCE,
         PAGE=pages.page_size, WINDOW=config.layers[layer].window or 0, SOFTCAP=config.attention_softcap or 0.0,
         SCALED=key_scales is not None, DOT=multiplied_in(q.dtype), EXACT_P=False,
-        num_warps=4 if config.d_head <= 128 else 8, num_stages=2,
+        num_warps=4 if config.d_head <= 128 else 8, num_stages=3 if config.d_head <= 128 else 2,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from cutaway_server.kernels.cuda.launch import bound, multiplied_in, power_of_tw
 from cutaway_server.kernels.cuda.qkv import stored
 from cutaway_server.kernels.cuda.work import SPLIT, Splits, matrix_rows
 
+# A block's page is found, then its keys are read, then multiplied: 5 stages have two blocks on their way at a time.
 KEYS_AT_ONCE = 64  # on tensor cores; in fp32, which has none, operands are in registers
 KEYS_AT_ONCE_FP32 = 16
 MERGED_AT_ONCE = 16
@@ -115,7 +116,7 @@ def split_attention(
         out, highest, total, n_tiles, n_items, batch.block_table.stride(0), config.scale, **shape,
         N=KEYS_AT_ONCE_FP32 if exact else KEYS_AT_ONCE, PAGE=pages.page_size,
         SOFTCAP=config.attention_softcap or 0.0, SCALED=key_scales is not None,
-        DOT=multiplied_in(q.dtype), EXACT_P=exact, num_warps=4, num_stages=3,
+        DOT=multiplied_in(q.dtype), EXACT_P=exact, num_warps=4, num_stages=5 if config.d_head <= 128 else 3,
     )  # fmt: skip
     merge_kernel[(n_rows, config.n_heads)](
         out, highest, total, batch.positions, splits.tiles, splits.rows, z, lse, n_tiles, n_rows, **shape,
