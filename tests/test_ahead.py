@@ -162,10 +162,10 @@ def test_a_deadline_that_passes_while_a_step_is_on_its_way_ends_the_request() ->
 
 
 def test_answers_reach_the_end_of_the_context() -> None:
-    request = ask("r", tuple(range(50)), max_tokens=CONTEXT - 50, logprobs=None)
+    request = ask("r", tuple(range(61)) * 5, max_tokens=CONTEXT - 305, logprobs=None)
     engine, _ = make_ahead()
     answers = run(engine, request)
-    assert len(answers["r"].tokens[0]) == CONTEXT - 50
+    assert len(answers["r"].tokens[0]) == CONTEXT - 305
     assert said(answers) == said(run(make_engine(), request))
 
 

@@ -279,13 +279,15 @@ def test_work_lists_hold_every_row_and_every_split_once(parts: list[tuple[int, i
 
 def rows_of(splits: Splits, layout: Layout) -> list[int]:
     """The rows of a launch, after checking that each tile's splits are there, in order, as far as its rows see."""
-    items = splits.items.T.tolist()
+    items, total = splits.items.T.tolist(), 0
     for tile, (first, n_rows, sequence, first_item) in enumerate(splits.tiles.T.tolist()):
         assert layout.starts[sequence] <= first
         assert first + n_rows <= layout.starts[sequence + 1]
         last = layout.last[sequence] - (layout.starts[sequence + 1] - first - n_rows)
         needed = [[tile, split] for split in range(last // SPLIT + 1)]
         assert items[first_item : first_item + len(needed)] == needed
+        total += len(needed)
+    assert len(items) == total
     for row, tile, place in splits.rows.T.tolist():
         assert splits.tiles[0, tile] + place == row
         assert place < splits.tiles[1, tile]
