@@ -96,8 +96,13 @@ class Config(BaseModel):
         "auto", description="What to compute in; auto: bfloat16 where the machine has it."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute; auto: cuda if there is one.")
-    kernels: Literal["auto", "reference", "cpu"] = Field(
-        "auto", description="Which operations compute; auto: the native ones on a CPU, where a C compiler is found."
+    kernels: Literal["auto", "reference", "cpu", "cuda"] = Field(
+        "auto",
+        description="Which operations compute; auto: cuda's on a GPU where Triton is found, the native ones on a CPU "
+        "where a C compiler is found.",
+    )
+    batch_invariant: bool = Field(
+        False, description="On a GPU too, no number may depend on who else is in the batch; slower."
     )
     threads: Threads | None = Field(None, description="CPU threads that compute. Default: the cores allowed.")
     kv_cache_memory: Annotated[Bytes, Field(ge=1)] | None = Field(

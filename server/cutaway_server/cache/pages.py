@@ -1,6 +1,6 @@
 """The tensors behind the blocks: keys and values of every layer, in pages.
 
-They are stored in the model's dtype, or as int8 with one fp32 scale for each vector of a head.
+They are stored in the model's dtype, or in 8 bits (int8 or e4m3) with one fp32 scale for each vector of a head.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from cutaway_server.architecture import ModelConfig
 
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # what 8 bits hold: stored with scales
+
 
 @dataclass(frozen=True, slots=True)
 class Pages:
@@ -22,7 +24,7 @@ class Pages:
 
     keys: Tensor
     values: Tensor
-    key_scales: Tensor | None = None  # of int8: fp32 [layers, pages, kv_heads, page_size]
+    key_scales: Tensor | None = None  # of 8 bits: fp32 [layers, pages, kv_heads, page_size]
     value_scales: Tensor | None = None
 
     @property
@@ -48,7 +50,7 @@ class Pages:
             if scales is None:
                 stored[layer][page, :, offset] = x.to(stored.dtype)
             else:
-                stored[layer][page, :, offset], scales[layer][page, :, offset] = quantize(x)
+                stored[layer][page, :, offset], scales[layer][page, :, offset] = quantize(x, stored.dtype)
 
     def keys_of(self, layer: int, index: object) -> Tensor:
         """Keys of a layer at `index` into [pages, kv_heads, ...], as fp32: a copy."""
@@ -59,13 +61,16 @@ class Pages:
         return _read(self.values[layer], None if self.value_scales is None else self.value_scales[layer], index)
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors [..., d] as int8, and their scales [...]: largest / 127. One that is not all finite gets 0s and NaN."""
+def quantize(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """Vectors [..., d] in 8 bits, and the scale [...] of each vector: its largest / the most that `dtype` holds.
+
+    One not all finite gets 0s and NaN.
+    """
     most = x.abs().amax(-1)
-    scales = torch.where(most.isfinite(), most / 127.0, torch.nan)
+    scales = torch.where(most.isfinite(), most / LARGEST[dtype], torch.nan)
     divisors = torch.where(scales > 0, scales, 1.0)
-    rounded = torch.round(x / divisors[..., None])
-    return rounded.masked_fill(scales.isnan()[..., None], 0.0).to(torch.int8), scales
+    rounded = x / divisors[..., None] if dtype.is_floating_point else torch.round(x / divisors[..., None])
+    return rounded.masked_fill(scales.isnan()[..., None], 0.0).to(dtype), scales
 
 
 def allocate_pages(
@@ -75,14 +80,14 @@ def allocate_pages(
     vectors = (config.n_layers, n_pages, config.n_kv_heads, page_size)
     shape = (*vectors, config.d_head)
     stored = (_zeros(shape, dtype, device), _zeros(shape, dtype, device))
-    if dtype != torch.int8:
+    if dtype not in LARGEST:
         return Pages(*stored)
     return Pages(*stored, _zeros(vectors, torch.float32, device), _zeros(vectors, torch.float32, device))
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
     """Bytes of one page: keys and values of every layer, and their scales."""
-    vector = config.d_head * dtype.itemsize + (torch.float32.itemsize if dtype == torch.int8 else 0)
+    vector = config.d_head * dtype.itemsize + (torch.float32.itemsize if dtype in LARGEST else 0)
     return 2 * config.n_layers * config.n_kv_heads * page_size * vector
 
 

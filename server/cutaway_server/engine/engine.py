@@ -46,6 +46,7 @@ class Draw:
     live: LiveRequest
     completion: Completion
     row: int
+    step: int
 
 
 class Engine:
@@ -56,7 +57,7 @@ class Engine:
         self.pages = pages
         self.scheduler = scheduler
         self.builder = builder
-        self._batches = BatchMaker(model.config.d_vocab, builder.device)
+        self._batches = BatchMaker(model.config.d_vocab, pages.keys.device)
         self.before_layers: Callable[[], None] = lambda: None  # called when a step's long computation begins
         self.live: dict[str, LiveRequest] = {}
         self.steps = 0
@@ -66,6 +67,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a step would compute something."""
         return bool(self.live)
+
+    @property
+    def computing(self) -> bool:
+        """Whether a step is being computed between two calls of `step`, so that there is time to tell of the last."""
+        return False
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -92,7 +98,9 @@ class Engine:
         """Compute one step and tell what came of it."""
         self.observed.begin()
         begun = time.monotonic()
-        schedule = self.scheduler.schedule(begun)
+        return self._run(self.scheduler.schedule(begun), begun)
+
+    def _run(self, schedule: Schedule, begun: float) -> Events:
         events = [*self._refused(schedule), *self._started(schedule)]
         if not schedule.work:
             return events
@@ -117,9 +125,7 @@ class Engine:
 
     def _compute(self, schedule: Schedule, wanted: list[int]) -> torch.Tensor:
         """The last residuals of the wanted rows, so many at the end of each work, one after the other."""
-        if schedule.copies:
-            source, target = torch.tensor(schedule.copies, device=self.builder.device).unbind(1)
-            self.pages.copy(source, target)
+        self._copy(schedule)
         batch = self.builder.build(schedule.work, wanted)
         residual = self.model.forward(batch, self.pages, self._prepared)
         self.observed.mark(FORWARD)
@@ -129,6 +135,11 @@ class Engine:
         self.observed.mark(PREPARE)
         self.before_layers()
         self.observed.mark(REPORT)
+
+    def _copy(self, schedule: Schedule) -> None:
+        if schedule.copies:
+            source, target = torch.tensor(schedule.copies, device=self.pages.keys.device).unbind(1)
+            self.pages.copy(source, target)
 
     def _refused(self, schedule: Schedule) -> Iterator[tuple[str, Event]]:
         for sequence in schedule.expired:
@@ -165,9 +176,9 @@ class Engine:
         if live is None or not work.samples or work.sequence.finished:
             return []
         if live.prompt is None:
-            return [Draw(live, live.completions[work.sequence.index], row)]
+            return [Draw(live, live.completions[work.sequence.index], row, self.steps)]
         self._fork(live, live.prompt)
-        return [Draw(live, completion, row) for completion in live.completions.values()]
+        return [Draw(live, completion, row, self.steps) for completion in live.completions.values()]
 
     def _fork(self, live: LiveRequest, prompt: Completion) -> None:
         """Turn a computed prompt into the completions that are still wanted."""
@@ -192,6 +203,10 @@ class Engine:
             if len(draws) == 1:
                 return self.fail(draws[0].live.request.request_id, error)
             return [event for draw in draws for event in self._sample([draw], residual)]
+        return self._take(draws, drawn)
+
+    def _take(self, draws: Items[Draw], drawn: Items[tuple[int, bool, Logprobs | None]]) -> Events:
+        """Take in a token for each draw, whether it is valid, and its log-probabilities."""
         events: Events = []
         for draw, (token, valid, logprobs) in zip(draws, drawn, strict=True):
             try:
@@ -221,7 +236,7 @@ class Engine:
         draw.completion.sampler.append(token)
         live.last_token = time.monotonic()
         live.first_token = live.first_token or live.last_token
-        yield live.request.request_id, Sampled(sequence.index, token, self.steps, logprobs)
+        yield live.request.request_id, Sampled(sequence.index, token, draw.step, logprobs)
         if token in sampling.eos_token_ids or token in sampling.stop_token_ids:
             stop = None if token in sampling.eos_token_ids else token
             yield from self._end(live, sequence.index, FinishReason.STOP, stop)

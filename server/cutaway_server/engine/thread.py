@@ -99,6 +99,8 @@ class EngineThread:
             while self._take_inbox():
                 events = self.engine.step()  # empties _untold
                 self._untold += events
+                if self.engine.computing:
+                    self._tell()
                 self.engine.observed.reported()
         except BaseException as error:
             log.critical("the engine failed in step %d", self.engine.steps, exc_info=error)

@@ -157,6 +157,7 @@ class Scheduler:
             if sequence.finished:
                 continue
             assert sequence.next == work.start, "a schedule is completed once, before the next is made"
+            assert not sequence.promised, "nobody knows what was computed"
             sequence.next = work.stop
             if work.start < sequence.prompt_length:
                 sequence.scored = max(sequence.scored, min(work.stop, sequence.prompt_length))
@@ -165,10 +166,22 @@ class Scheduler:
                 self._prefix.publish(sequence, work.stored // self.pool.page_size)
 
     def append(self, sequence: Sequence, token: int) -> None:
-        """Commit a sampled token, to be computed next."""
+        """Commit a sampled token, to be computed next, or make known the one that was promised."""
         assert not sequence.finished
+        if sequence.promised:
+            sequence.tokens[-1] = token
+            sequence.promised = False
+            return
         assert sequence.pending == 0, "a token is sampled when all before it are computed"
         sequence.tokens.append(token)
+
+    def promise(self, sequence: Sequence) -> None:
+        """Take the place of a token that is being drawn, so that the step after can be scheduled before it is known.
+
+        `append` makes it known. Until then no step that reads it may be completed: its blocks would be published.
+        """
+        self.append(sequence, 0)
+        sequence.promised = True
 
     def fork(self, sequence: Sequence, index: int) -> Sequence:
         """Start completion `index` where `sequence` stands: all computed, nothing appended. They share all blocks.

@@ -25,6 +25,7 @@ class Sequence:
     next: int = 0  # the next position to compute a row for: below `stored` while it revisits
     scored: int = 0  # prompt rows [0, scored) were computed once, so their log-probabilities were delivered
     finished: bool = False
+    promised: bool = False  # its last token is being drawn: the place is taken, what it is is not known yet
     preemptions: int = 0
     digests: list[bytes] = field(default_factory=list)  # of its full blocks; grows with the tokens
 
