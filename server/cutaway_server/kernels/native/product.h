@@ -7,6 +7,7 @@
 
 #include "interface.h"
 #include "norm.h"
+#include "quantized.h"
 
 #if defined(CUTAWAY_AMX) || defined(__AVX512BF16__)
 typedef uint16_t Narrow; /* a row's element for a product with bf16 weights */
@@ -267,17 +268,22 @@ static void tile_bf16(
 typedef struct {
     void *data;
     int64_t step; /* elements from row to row */
+    int64_t kind; /* of the matrix; rows for a quantised one lie in panels */
 } Operand;
 
 static size_t element(const Shape *shape) { return shape->bf16 ? sizeof(Narrow) : sizeof(float); }
 
 static Operand new_operand(const Shape *shape, const Matrix *w, int64_t rows) {
     int64_t padded = (rows + 15) / 16 * 16;
-    size_t bytes = padded * w->padded_depth * element(shape);
-    return (Operand){aligned_alloc(64, (bytes + 63) / 64 * 64), w->padded_depth};
+    int64_t bytes = w->kind ? padded / 16 * panel_bytes(w->padded_depth) : padded * w->padded_depth * (int64_t)element(shape);
+    return (Operand){aligned_alloc(64, (bytes + 63) / 64 * 64), w->padded_depth, w->kind};
 }
 
 static void put_row(const Shape *shape, const Operand *to, int64_t r, const float *x, int64_t depth) {
+    if (to->kind) {
+        put_quantized_row(to->kind, x, depth, to->step, to->data, r);
+        return;
+    }
     if (!shape->bf16) {
         memcpy((float *)to->data + r * to->step, x, depth * sizeof(float));
         return;
@@ -299,7 +305,9 @@ static void multiply_task(
     int64_t block = w->padded_depth * 16;
     for (int64_t r = first; r < stop; r += ROWS_AT_ONCE) {
         int64_t n = stop - r < ROWS_AT_ONCE ? stop - r : ROWS_AT_ONCE;
-        if (shape->bf16)
+        if (w->kind)
+            tile_quantized(w, x->data, r, n, t, tile);
+        else if (shape->bf16)
             tile_bf16(
                 (const Narrow *)x->data + r * x->step, x->step, n, (const uint16_t *)w->data + 2 * t * block, block,
                 w->padded_depth, tile);
