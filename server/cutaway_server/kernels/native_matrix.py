@@ -49,10 +49,10 @@ class NativeLinear:
         self._shape = CShape(bf16=dtype == torch.bfloat16, threads=threads)
         self._linear = library.operation(variant, "linear")
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """X fp32 [rows, depth] to [rows, columns], with the bias."""
         x = x.contiguous()
-        out = x.new_empty(len(x), self._matrix.packed.columns)
+        out = x.new_empty(len(x), self._matrix.packed.columns) if out is None else out
         matrix = ctypes.addressof(self._matrix.struct)
         self._linear(ctypes.addressof(self._shape), matrix, len(x), x.data_ptr(), out.data_ptr())
         return out

@@ -45,6 +45,39 @@ INLINE Panel panel(void *data, int64_t row, int64_t padded_depth) {
     return (Panel){values, scales, scales + width, minus, minus + width};
 }
 
+INLINE Integers larger_integers(Integers a, Integers b) {
+    Integers mask = a > b;
+    return (a & mask) | (b & ~mask);
+}
+
+INLINE int32_t largest_integer(Integers v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32((__m512i)v);
+#else
+    int32_t most = v[0];
+    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
+    return most;
+#endif
+}
+
+INLINE int32_t sum_of_integers(Integers v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32((__m512i)v);
+#else
+    int32_t sum = 0;
+    for (int i = 0; i < LANES; i++) sum += v[i];
+    return sum;
+#endif
+}
+
+INLINE void store_bytes(int8_t *to, Integers v) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+    for (int i = 0; i < LANES; i++) to[i] = (int8_t)v[i];
+#endif
+}
+
 /* 32 floats, the last of them zero from `left` on. */
 INLINE void load_group(const float *x, int64_t left, Vector *v) {
 #pragma GCC unroll 8
@@ -54,16 +87,19 @@ INLINE void load_group(const float *x, int64_t left, Vector *v) {
     }
 }
 
-/* The largest magnitude; not a number if there is one. */
-INLINE float largest_magnitude(const Vector *v) {
-    Integers most = {0};
+/* Magnitudes as integers, which keep their order, with NaN above all. */
+INLINE Integers magnitudes(const Vector *v) {
+    Integers most = (Integers)v[0] & 0x7fffffff;
 #pragma GCC unroll 8
-    for (int i = 0; i < GROUP / LANES; i++) { /* as integers, magnitudes keep their order, and NaN is above all */
-        Integers magnitude = (Integers)v[i] & 0x7fffffff;
-        most = (magnitude & (magnitude > most)) | (most & ~(magnitude > most));
+    for (int i = 1; i < GROUP / LANES; i++) {
+        Integers here = (Integers)v[i] & 0x7fffffff;
+        most = larger_integers(most, here);
     }
-    int32_t top = 0;
-    for (int i = 0; i < LANES; i++) top = most[i] > top ? most[i] : top;
+    return most;
+}
+
+INLINE float largest_magnitude(Integers magnitudes) {
+    int32_t top = largest_integer(magnitudes);
     float value;
     memcpy(&value, &top, sizeof value);
     return value;
@@ -73,15 +109,14 @@ INLINE float largest_magnitude(const Vector *v) {
 INLINE void round_group(const Vector *v, float inverse, int8_t *to, int32_t *sums) {
     const Vector magic = fill(12582912.0f);
     const Integers some = (Integers){0} - (inverse != 0); /* 0 times what is not finite is not 0 */
-    int32_t buffer[GROUP];
+    Integers halves[2] = {{0}, {0}};
 #pragma GCC unroll 8
     for (int i = 0; i < GROUP / LANES; i++) {
         Integers q = ((Integers)(v[i] * inverse + magic) - 0x4b400000) & some;
-        memcpy(buffer + i * LANES, &q, sizeof q);
+        store_bytes(to + i * LANES, q);
+        halves[i * LANES / 16] += q;
     }
-    sums[0] = sums[1] = 0;
-    for (int i = 0; i < GROUP; i++) to[i] = (int8_t)buffer[i];
-    for (int i = 0; i < GROUP / 2; i++) sums[0] += buffer[i], sums[1] += buffer[GROUP / 2 + i];
+    for (int half = 0; half < 2; half++) sums[half] = sum_of_integers(halves[half]);
 }
 
 /* What 127 stands for, and what makes 127 of it; a row that is not finite gets a scale that is not, and zeros. */
@@ -97,7 +132,7 @@ static void quantize_groups(const float *x, int64_t depth, int64_t padded_depth,
         int32_t halves[2];
         int64_t at = g * 16 + row;
         load_group(x + g * GROUP, depth - g * GROUP, v);
-        float inverse = inverse_of(largest_magnitude(v), &to->scales[at]);
+        float inverse = inverse_of(largest_magnitude(magnitudes(v)), &to->scales[at]);
         round_group(v, inverse, to->values + row * padded_depth + g * GROUP, halves);
         to->sums[at] = to->scales[at] * (float)(halves[0] + halves[1]);
         to->minus[at] = -halves[0] - halves[1];
@@ -109,14 +144,13 @@ static void quantize_groups(const float *x, int64_t depth, int64_t padded_depth,
 /* One scale for the row, in its first group's place, as is minus the sum of all its integers. */
 static void quantize_row(const float *x, int64_t depth, int64_t padded_depth, int64_t row, const Panel *to) {
     Vector v[GROUP / LANES];
-    float most = 0;
+    Integers most = {0};
     int32_t halves[2], minus = 0;
     for (int64_t g = 0; g < padded_depth / GROUP; g++) {
         load_group(x + g * GROUP, depth - g * GROUP, v);
-        float here = largest_magnitude(v);
-        if (here > most || here != here) most = here; /* nothing is above a NaN */
+        most = larger_integers(most, magnitudes(v));
     }
-    float inverse = inverse_of(most, &to->scales[row]);
+    float inverse = inverse_of(largest_magnitude(most), &to->scales[row]);
     for (int64_t g = 0; g < padded_depth / GROUP; g++) {
         load_group(x + g * GROUP, depth - g * GROUP, v);
         round_group(v, inverse, to->values + row * padded_depth + g * GROUP, halves);

@@ -1,53 +1,50 @@
-/* Quantised products with AMX: tiles of 16 rows. Whole rows of integers are 64 deep; groups are as deep as they are, and
-   their sums are scaled one group after the other, as quantized_vectors.h does. */
+/* Quantised products with AMX: tiles of 16 rows, 64 deep. Groups are less deep: each has a tile of its own that is zeros
+   elsewhere, which costs no time, and sums are scaled one group after the other, as quantized_vectors.h does. */
 #ifndef CUTAWAY_QUANTIZED_TILES_H
 #define CUTAWAY_QUANTIZED_TILES_H
 
-enum { FEWEST_INTEGER_ROWS = 1, FEWEST_GROUP_ROWS = 4, GROUPS_AT_ONCE = 16 };
+enum { FEWEST_INTEGER_ROWS = 1, FEWEST_GROUP_ROWS = 4, UNITS_AT_ONCE = 16 };
 
 /* What is at `p` must be in memory here: compilers do not see that tile instructions read it. */
 INLINE void written(const void *p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
-/* Sums in tiles 0 to 3, `depth` integers of 16 rows in 4 and 5, of 16 columns in 6 and 7. */
-static void configure_depth(int depth) {
-    struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } config = {.palette = 1};
-    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
-    config.bytes[4] = config.bytes[5] = depth;
-    config.rows[6] = config.rows[7] = depth / 4;
-    written(&config);
-    _tile_loadconfig(&config);
-}
-
-/* Up to 32 rows: a panel, and if n > 16 the next one. */
-static void amx_rows(const Matrix *w, const Panel *x, const Panel *next, int64_t n, int64_t t, float *tile) {
-    int32_t sums[2][2][16][16] __attribute__((aligned(64)));
-    const int64_t depth = w->padded_depth, two = n > 16;
-    const uint8_t *b = (const uint8_t *)w->data + 2 * t * depth * 16;
+/* Sums of integers of up to 32 rows (a panel, and if n > 16 the next one) and two blocks of columns. */
+static void amx_integers(
+    const uint8_t *w, int64_t depth, const Panel *x, const Panel *next, int64_t n, int32_t sums[2][2][16][16]) {
     _tile_zero(0);
     _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = 0; k < depth; k += 64) {
-        _tile_loadd(4, x->values + k, depth);
-        _tile_loadd(6, b + k * 16, 64);
-        _tile_loadd(7, b + depth * 16 + k * 16, 64);
-        _tile_dpbsud(0, 4, 6);
-        _tile_dpbsud(1, 4, 7);
-        if (!two) continue;
-        _tile_loadd(5, next->values + k, depth);
-        _tile_dpbsud(2, 5, 6);
-        _tile_dpbsud(3, 5, 7);
-    }
-    _tile_stored(0, sums[0][0], 64);
-    _tile_stored(1, sums[0][1], 64);
-    if (two) {
+    if (n <= 16) {
+        for (int64_t k = 0; k < depth; k += 64) {
+            _tile_loadd(4, x->values + k, depth);
+            _tile_loadd(6, w + k * 16, 64);
+            _tile_dpbsud(0, 4, 6);
+            _tile_loadd(7, w + (depth + k) * 16, 64);
+            _tile_dpbsud(1, 4, 7);
+        }
+    } else {
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t k = 0; k < depth; k += 64) { /* loads and products in turn: 2 x faster than loads first */
+            _tile_loadd(4, x->values + k, depth);
+            _tile_loadd(6, w + k * 16, 64);
+            _tile_dpbsud(0, 4, 6);
+            _tile_loadd(5, next->values + k, depth);
+            _tile_dpbsud(2, 5, 6);
+            _tile_loadd(7, w + (depth + k) * 16, 64);
+            _tile_dpbsud(1, 4, 7);
+            _tile_dpbsud(3, 5, 7);
+        }
         _tile_stored(2, sums[1][0], 64);
         _tile_stored(3, sums[1][1], 64);
     }
+    _tile_stored(0, sums[0][0], 64);
+    _tile_stored(1, sums[0][1], 64);
+}
+
+static void amx_rows(const Matrix *w, const Panel *x, const Panel *next, int64_t n, int64_t t, float *tile) {
+    int32_t sums[2][2][16][16] __attribute__((aligned(64)));
+    const int64_t depth = w->padded_depth;
+    amx_integers((const uint8_t *)w->data + 2 * t * depth * 16, depth, x, next, n, sums);
     const float *scales = (const float *)w->scales + t * 32;
     for (int64_t r = 0; r < n; r++)
         for (int block = 0; block < 2; block++) {
@@ -57,22 +54,49 @@ static void amx_rows(const Matrix *w, const Panel *x, const Panel *next, int64_t
         }
 }
 
-/* Groups `first`... of 16 columns as signed bytes [groups][32 / 4][16][4], centred. */
-INLINE void centre(const int kind, const Matrix *w, int64_t block, int64_t first, int64_t count, int8_t *out) {
-    const int four_bit = is_four_bit(kind);
-    const int64_t bytes = GROUP * (four_bit ? 8 : 16);
-    const uint8_t *data = (const uint8_t *)w->data + (block * (w->padded_depth / GROUP) + first) * bytes;
+/* A unit is what has one scale: a group, or half of one. */
+INLINE int64_t unit_depth(int kind) { return kind == HALVES8 ? GROUP / 2 : GROUP; }
+
+/* Units of 16 columns from group `first` as signed bytes, centred: [units][64 / 4][16][4]. Each is where its depth is within 64;
+   the rest stays as it is, zeros. */
+INLINE void centre(const int kind, const Matrix *w, int64_t block, int64_t first, int64_t units, int8_t *out) {
+    const int64_t deep = unit_depth(kind), each = 64 / deep, bytes = deep * (is_four_bit(kind) ? 8 : 16);
+    const uint8_t *data = (const uint8_t *)w->data + block * w->padded_depth / deep * bytes + first * (GROUP / deep) * bytes;
     const __m512i low = _mm512_set1_epi8(15), above = _mm512_set1_epi8((char)stored_above(kind));
-    for (int64_t i = 0; i < count * bytes; i += 64) {
-        __m512i v = _mm512_load_si512(data + i);
-        if (!four_bit) {
-            _mm512_store_si512(out + i, _mm512_sub_epi8(v, above));
-            continue;
+    for (int64_t u = 0; u < units; u++, data += bytes) {
+        int8_t *to = out + u * 1024 + u % each * deep * 16;
+        for (int64_t i = 0; i < bytes; i += 64) {
+            __m512i v = _mm512_load_si512(data + i);
+            if (!is_four_bit(kind)) {
+                _mm512_store_si512(to + i, _mm512_sub_epi8(v, above));
+                continue;
+            }
+            _mm512_store_si512(to + i, _mm512_sub_epi8(_mm512_and_si512(v, low), above));
+            _mm512_store_si512(to + 256 + i, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(v, 4), low), above));
         }
-        int8_t *to = out + i / 256 * 512 + i % 256;
-        _mm512_store_si512(to, _mm512_sub_epi8(_mm512_and_si512(v, low), above));
-        _mm512_store_si512(to + 256, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(v, 4), low), above));
     }
+}
+
+/* dots [4] = a panel's rows times four units. What lies after the last unit may be multiplied, too, and is not used. */
+INLINE void dot_units(const int kind, const int8_t *rows, int64_t depth, const int8_t *columns, int32_t dots[4][256]) {
+    _tile_loadd(4, rows, depth);
+    _tile_zero(0);
+    _tile_loadd(6, columns, 64);
+    _tile_dpbssd(0, 4, 6);
+    _tile_stored(0, dots[0], 64);
+    _tile_zero(1);
+    _tile_loadd(7, columns + 1024, 64);
+    _tile_dpbssd(1, 4, 7);
+    _tile_stored(1, dots[1], 64);
+    if (kind != HALVES8) _tile_loadd(4, rows + 64, depth);
+    _tile_zero(2);
+    _tile_loadd(6, columns + 2048, 64);
+    _tile_dpbssd(2, 4, 6);
+    _tile_stored(2, dots[2], 64);
+    _tile_zero(3);
+    _tile_loadd(7, columns + 3072, 64);
+    _tile_dpbssd(3, 4, 7);
+    _tile_stored(3, dots[3], 64);
 }
 
 /* Sums of one group (or half) of n rows are added, scaled, to theirs. */
@@ -91,56 +115,46 @@ INLINE void add_group(
     }
 }
 
-/* tile [n][32], 16 of its columns, += some groups of a panel's rows; `columns` are what `centre` made. Two groups, or both
-   halves of one, are in flight. */
+/* tile [n][32], 16 of its columns, += some units of a panel's rows, from group `first`; `columns` are what `centre` made.
+   The next four units are multiplied while the sums of four are scaled. */
 INLINE void multiply_centred(
-    const int kind, const int n, const Matrix *w, int64_t block, int64_t first, int64_t count, const int8_t *columns,
+    const int kind, const int n, const Matrix *w, int64_t block, int64_t first, int64_t units, const int8_t *columns,
     const Panel *x, float *tile) {
-    const int halves = kind == HALVES8 ? 2 : 1, deep = GROUP / halves;
-    const int64_t depth = w->padded_depth, units = count * halves;
+    const int64_t depth = w->padded_depth, deep = unit_depth(kind), halves = GROUP / deep;
     const int8_t *rows = x->values + first * GROUP;
-    int32_t dots[2][16 * 16] __attribute__((aligned(64)));
+    int32_t dots[2][4][256] __attribute__((aligned(64)));
     Vector sums[16];
 #pragma GCC unroll 16
     for (int r = 0; r < n; r++) sums[r] = first ? load(tile + r * 32) : fill(0);
-    for (int64_t u = 0; u < units; u += 2) {
-        _tile_zero(0);
-        _tile_loadd(4, rows + u * deep, depth);
-        _tile_loadd(6, columns + u * deep * 16, 64);
-        _tile_dpbssd(0, 4, 6);
-        _tile_stored(0, dots[0], 64);
-        if (u + 1 < units) {
-            _tile_zero(1);
-            _tile_loadd(5, rows + (u + 1) * deep, depth);
-            _tile_loadd(7, columns + (u + 1) * deep * 16, 64);
-            _tile_dpbssd(1, 5, 7);
-            _tile_stored(1, dots[1], 64);
-        }
-        add_group(kind, n, w, block, first + u / halves, 0, dots[0], x, sums);
-        if (u + 1 < units) add_group(kind, n, w, block, first + (u + 1) / halves, halves - 1, dots[1], x, sums);
+    dot_units(kind, rows, depth, columns, dots[0]);
+    for (int64_t u = 0; u < units; u += 4) {
+        if (u + 4 < units) dot_units(kind, rows + (u + 4) * deep, depth, columns + (u + 4) * 1024, dots[u / 4 % 2 ^ 1]);
+        for (int64_t i = 0; i < 4 && u + i < units; i++)
+            add_group(kind, n, w, block, first + (u + i) / halves, (u + i) % halves, dots[u / 4 % 2][i], x, sums);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < n; r++) store(tile + r * 32, sums[r]);
 }
 
 INLINE void groups_of_kind(const int kind, const Matrix *w, const Panel *x, const Panel *next, int64_t n, int64_t t, float *tile) {
-    int8_t columns[GROUPS_AT_ONCE * GROUP * 16] __attribute__((aligned(64)));
-    const int64_t groups = w->padded_depth / GROUP;
-    for (int64_t block = 0; block < 2; block++)
-        for (int64_t first = 0; first < groups; first += GROUPS_AT_ONCE) {
-            const int64_t count = groups - first < GROUPS_AT_ONCE ? groups - first : GROUPS_AT_ONCE;
-            centre(kind, w, 2 * t + block, first, count, columns);
+    int8_t columns[UNITS_AT_ONCE * 1024] __attribute__((aligned(64)));
+    const int64_t halves = GROUP / unit_depth(kind), groups = w->padded_depth / GROUP, step = UNITS_AT_ONCE / halves;
+    memset(columns, 0, sizeof columns);
+    for (int64_t block = 2 * t; block < 2 * t + 2; block++)
+        for (int64_t first = 0; first < groups; first += step) {
+            const int64_t units = (groups - first < step ? groups - first : step) * halves;
+            float *out = tile + block % 2 * 16;
+            centre(kind, w, block, first, units, columns);
             written(columns);
             if (n <= 8)
-                multiply_centred(kind, 8, w, 2 * t + block, first, count, columns, x, tile + block * 16);
+                multiply_centred(kind, 8, w, block, first, units, columns, x, out);
             else
-                multiply_centred(kind, 16, w, 2 * t + block, first, count, columns, x, tile + block * 16);
-            if (n > 16) multiply_centred(kind, 16, w, 2 * t + block, first, count, columns, next, tile + 16 * 32 + block * 16);
+                multiply_centred(kind, 16, w, block, first, units, columns, x, out);
+            if (n > 16) multiply_centred(kind, 16, w, block, first, units, columns, next, out + 16 * 32);
         }
 }
 
 static void amx_groups(const Matrix *w, const Panel *x, const Panel *next, int64_t n, int64_t t, float *tile) {
-    configure_depth(w->kind == HALVES8 ? GROUP / 2 : GROUP);
 #define CASE(kind) case kind: groups_of_kind(kind, w, x, next, n, t, tile); break
     switch (w->kind) {
         CASE(GROUP8);
@@ -152,7 +166,6 @@ static void amx_groups(const Matrix *w, const Panel *x, const Panel *next, int64
         CASE(HALVES8);
     }
 #undef CASE
-    configure_depth(64);
 }
 
 #endif
