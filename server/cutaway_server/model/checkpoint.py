@@ -16,7 +16,8 @@ from torch import Tensor
 
 from cutaway_server.architecture import ModelConfig
 from cutaway_server.errors import ModelError
-from cutaway_server.kernels.weights import LayerWeights, Norm, Weights
+from cutaway_server.kernels.weights import LayerWeights, Matrix, Norm, Weights
+from cutaway_server.model.quantized import read_quantized
 from cutaway_server.model.shapes import Shape, part_shapes
 from cutaway_server.request import SamplingOptions
 from cutaway_server.text.tokenizer import TextModel
@@ -37,6 +38,12 @@ class TensorReader(Protocol):
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of its first axis, dequantised to fp32 or as stored (F32, F16, BF16)."""
+
+    def format(self, name: str) -> str:
+        """Its type, as GGUF names it: F32, BF16, Q4_K, ..."""
+
+    def blocks(self, name: str) -> Tensor:
+        """A quantised matrix's blocks as the file has them: uint8 [rows, bytes of a row]."""
 
     def digest(self) -> str:
         """Hex blake2b-128 of everything that decides the weights' values (slow: reads every byte)."""
@@ -75,9 +82,12 @@ class Checkpoint:
 
 
 def load_weights(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
-) -> Weights:
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress | None = None, *,
+    as_is: bool = False,
+) -> Weights:  # fmt: skip
     """Every weight: matrices in `dtype`, norms and biases in fp32.
+
+    `as_is` keeps matrices quantised that the checkpoint has so, in a type that is served.
 
     Raises:
         ModelError: names tensors that are missing, unexpected, of another shape, or too large for `dtype`.
@@ -92,11 +102,16 @@ def load_weights(
         if progress is not None:
             progress(done, total)
 
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Matrix] = {}
     for path, shape in shapes.items():
+        if as_is and (kept_quantized := read_quantized(path, checkpoint.layout[path], checkpoint.reader)) is not None:
+            tensors[path] = kept_quantized
+            advance(prod(shape))
+            continue
         kept = dtype if len(shape) > 1 else torch.float32
-        tensors[path] = torch.empty(shape, dtype=kept, device=device)
-        _fill(tensors[path], checkpoint.layout[path], checkpoint.reader, advance)
+        plain = torch.empty(shape, dtype=kept, device=device)
+        _fill(plain, checkpoint.layout[path], checkpoint.reader, advance)
+        tensors[path] = plain
     return _assemble(checkpoint.config, tensors)
 
 
