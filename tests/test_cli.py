@@ -123,8 +123,8 @@ WRITTEN: dict[str, tuple[list[str], object]] = {
     "max_tokens": (["--max-tokens", "0"], 0),
     "ignore_eos": (["--no-ignore-eos"], False),
     "n": (["-n", "2"], 2),
-    "logprobs": (["--logprobs", "0"], 0),
-    "prompt_logprobs": (["--prompt-logprobs", "2"], 2),
+    "logprobs": (["--json", "--logprobs", "0"], 0),
+    "prompt_logprobs": (["--json", "--prompt-logprobs", "2"], 2),
 }
 
 
@@ -182,6 +182,17 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(run, servicer) -> None:
         assert result.stderr == "Error: sampling.temperature: -1.0 is not allowed: must be >= 0\n"
 
 
+def test_an_error_in_the_middle_of_a_text_has_a_line_of_its_own(run, servicer) -> None:
+    def breaks(request, context):
+        yield started(request)
+        yield delta(pb.Token(id=1, text="Hello", step=1))
+        context.abort(grpc.StatusCode.INTERNAL, "burst")
+
+    servicer.script = breaks
+    result = run("generate", "Hi")
+    assert (result.exit_code, result.output) == (1, "Hello\nError: INTERNAL: burst\n")
+
+
 def test_nobody_at_the_address_is_exit_code_1() -> None:
     result = CliRunner().invoke(main, ["--address", "127.0.0.1:1", "model"])
     assert result.exit_code == 1
@@ -197,6 +208,9 @@ def test_nobody_at_the_address_is_exit_code_1() -> None:
         ["generate", "Hi", "--temperatur", "1"],
         ["generate", "--token-ids", "1,x"],
         ["generate", "Hi", "--token-ids", "1"],
+        ["generate", "Hi", "--stream"],
+        ["generate", "Hi", "--logprobs", "1"],
+        ["generate", "Hi", "--prompt-logprobs", "1"],
         ["nonsense"],
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import math
 import socket
 import subprocess
 import sys
@@ -275,6 +276,12 @@ def test_a_lone_text_is_one_stop_text_not_its_letters(client: Client, servicer: 
         (None, {"token_ids": [2**63]}, errors.InvalidArgument, "ids"),
         ("\ud800", {}, errors.InvalidArgument, "text"),
         (None, {"messages": [{"role": "user"}]}, errors.InvalidArgument, r"messages\[0\]"),
+        (None, {"messages": "Hi"}, TypeError, "messages: 'Hi'"),
+        (None, {"messages": {"role": "user", "content": "Hi"}}, TypeError, "must be a list"),
+        (None, {"messages": ["Hi"]}, TypeError, r"messages\[0\]: 'Hi': must be a mapping"),
+        (None, {"messages": [{"role": "user", "content": None}]}, TypeError, r"messages\[0\].content: None: must be a"),
+        ("Hi", {"logit_bias": [(5, 1.0)]}, TypeError, "logit_bias: .* must be a mapping"),
+        ("Hi", {"timeout": math.nan}, errors.InvalidArgument, "timeout: nan"),
         ("Hi", {"temperatur": 0.5}, TypeError, "temperatur"),
         ("Hi", {"temperature": "hot"}, TypeError, "temperature"),
         ("Hi", {"max_tokens": 1.5}, TypeError, "max_tokens"),
@@ -332,6 +339,14 @@ def test_a_timeout_is_deadline_exceeded_and_ends_the_request(client: Client, ser
     with pytest.raises(errors.DeadlineExceeded):
         client.complete("Hi", timeout=0.2)
     assert servicer.cancelled.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e20])
+async def test_an_endless_timeout_is_none(address: str, client: Client, servicer: Scripted, timeout: float) -> None:
+    assert client.complete("Hi", timeout=timeout).text == client.complete("Hi").text
+    assert client.model(timeout=timeout).name == "tiny"
+    async with AsyncClient(address, timeout=timeout) as aclient:
+        assert (await aclient.complete("Hi")).text == client.complete("Hi").text
 
 
 def test_the_clients_timeout_holds_where_a_call_names_none(address: str, servicer: Scripted) -> None:
@@ -574,6 +589,39 @@ def test_nobody_at_the_address_is_said_with_the_address(servicer: Scripted) -> N
     with Client(address) as client, pytest.raises(errors.Unavailable, match=address):
         client.model()
     assert time.monotonic() - began < PATIENCE
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_server_that_goes_away_before_its_first_message_is_not_waited_for(servicer: Scripted, kind: str) -> None:
+    server, address = serve(servicer)
+
+    def draining(request, context):
+        threading.Timer(0.05, server.stop, [0]).start()
+        context.abort(grpc.StatusCode.UNAVAILABLE, "draining")
+        yield
+
+    servicer.script = draining
+    with pytest.raises(errors.Unavailable, match=address):
+        complete(kind, address)
+
+
+def test_closing_a_stream_ends_its_attempts(client: Client, servicer: Scripted) -> None:
+    servicer.script = aborting(grpc.StatusCode.UNAVAILABLE, "draining")
+    stream = client.generate("Hi")
+    threading.Timer(0.5, stream.close).start()
+    with pytest.raises(errors.Cancelled):
+        next(stream)
+    assert 2 <= len(servicer.asked) < 5
+
+
+def test_attempts_share_the_timeout(client: Client, servicer: Scripted) -> None:
+    servicer.script = aborting(grpc.StatusCode.UNAVAILABLE, "draining")
+    began = time.monotonic()
+    with pytest.raises(errors.Unavailable, match="draining"):
+        client.complete("Hi", timeout=0.6)
+    assert time.monotonic() - began < 0.6
+    assert 2 <= len(servicer.asked) < 5
 
 
 def test_abort_is_never_sent_twice(client: Client, servicer: Scripted) -> None:

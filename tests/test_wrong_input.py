@@ -50,6 +50,11 @@ def chat(*turns: tuple[str, str]) -> v1.GenerateRequest:
 
 
 REQUESTS: dict[str, tuple[v1.GenerateRequest, str]] = {
+    "a text's flag with ids": (asking(ONE, ask_add_special_tokens=True), r"add_special_tokens: True .* with token_ids"),
+    "a text's flag with a chat": (
+        v1.GenerateRequest(chat=v1.Chat(messages=[v1.Message(role="user", content="x")]), parse_special_tokens=False),
+        r"parse_special_tokens: False .* with chat",
+    ),
     "no prompt": (v1.GenerateRequest(), r"prompt: None .* text, token_ids and chat"),
     "text of no tokens": (asking("", ask_add_special_tokens=False), r"prompt: '0 tokens' .* at least one token"),
     "empty ids": (asking([]), r"token_ids: '0 ids' .* at least one"),
@@ -66,6 +71,7 @@ REQUESTS: dict[str, tuple[v1.GenerateRequest, str]] = {
     "text over the context": (asking("Ж" * 4000), r"prompt: '\d+ tokens' .* context has 512"),
     "text over the bytes": (asking("a" * 20_001), r"text: '20001 bytes' .* at most 20000"),
     "chat over the bytes": (chat(("user", "a" * 20_000)), r"chat.messages: '20004 bytes' .* at most 20000"),
+    "a chat of many turns": (chat(*[("user", "")] * 4097), r"chat.messages: '4097 messages' .* at most 4096"),
     "a name with spaces": (asking(ONE, ask_request_id="my request"), r"request_id: 'my request' .* 128 characters"),
     "a long name": (asking(ONE, ask_request_id="a" * 129), r"request_id: 'aaa.* 128 characters"),
     "n of 0": (asking(ONE, n=0), r"sampling.n: 0 .* \[1, 128\]"),
@@ -133,6 +139,11 @@ def test_a_prompt_of_one_under_the_context_makes_one_token(client: Any) -> None:
         ("Tokenize", v1.TokenizeRequest(), r"input: None .* text and chat"),
         ("Tokenize", v1.TokenizeRequest(text="a" * 20_001), r"text: '20001 bytes' .* at most 20000"),
         ("Detokenize", v1.DetokenizeRequest(token_ids=v1.TokenIds(ids=[5, 512])), r"token_ids.ids\[1\]: 512 .* 512\)"),
+        (
+            "Detokenize",
+            v1.DetokenizeRequest(token_ids=v1.TokenIds(ids=[5] * (2**18 + 1))),
+            r"token_ids: '262145 ids' .* at most 262144 .* in parts",
+        ),
         ("Detokenize", v1.DetokenizeRequest(token_ids=v1.TokenIds(ids=[-1])), r"token_ids.ids\[0\]: -1 .* 512\)"),
     ],
 )

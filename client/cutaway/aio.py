@@ -13,7 +13,7 @@ import grpc.aio
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from cutaway import replies, requests
-from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options
+from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, seconds
 from cutaway.client import HEALTH_CHECK
 from cutaway.errors import Cancelled
 from cutaway.options import GenerateOptions, TokenizeOptions
@@ -121,7 +121,7 @@ class AsyncClient:
     ) -> None:
         self.address = address
         self.timeout = timeout
-        self._options = channel_options(address, retries)
+        self._options = channel_options(address, retries, streams=True)
         self._channel: grpc.aio.Channel | None = None
         self._inference: InferenceAsyncStub | None = None
         self._closed = False
@@ -197,7 +197,7 @@ class AsyncClient:
             raise
 
     def _seconds(self, timeout: float | None) -> float | None:
-        return self.timeout if timeout is None else timeout
+        return seconds(timeout, self.timeout)
 
     def _stub(self) -> InferenceAsyncStub:
         if self._closed or self._inference is None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+
+from cutaway.errors import InvalidArgument
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 MAX_RETRIES = 4  # gRPC makes at most five attempts
+LONGEST_SECONDS = 1e9  # gRPC takes infinity, and what overflows its clock, for a time that has passed
 LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
 
+PAUSES = (0.1, 0.25, 0.6, 1.6)  # seconds before each retry, give or take a fifth
+
 # The calls that may run twice without harm. Abort may not: a second one that succeeds is told NOT_FOUND.
+STREAM = {"service": "cutaway.v1.Inference", "method": "Generate"}
 REPEATABLE = [
-    {"service": "cutaway.v1.Inference", "method": "Generate"},
     {"service": "cutaway.v1.Inference", "method": "Tokenize"},
     {"service": "cutaway.v1.Inference", "method": "Detokenize"},
     {"service": "cutaway.v1.Inference", "method": "GetModel"},
@@ -18,11 +24,11 @@ REPEATABLE = [
 ]
 
 
-def channel_options(address: str, retries: int) -> list[tuple[str, str | int]]:
-    """The options of a channel to `address`.
+def channel_options(address: str, retries: int, *, streams: bool) -> list[tuple[str, str | int]]:
+    """The options of a channel to `address`. `streams`: gRPC tries streams again too, and not `Attempts`.
 
-    gRPC tries a call again after UNAVAILABLE, waiting 0.1, 0.25, 0.6 and 1.6 seconds (give or take a fifth), as long
-    as nothing of its answer has come: a stream that has begun is never begun again.
+    gRPC tries a call again after UNAVAILABLE, with `PAUSES` between, as long as nothing of its answer has come: a
+    stream that has begun is never begun again.
 
     Raises:
         ValueError: `retries` is not in [0, 4].
@@ -35,13 +41,27 @@ def channel_options(address: str, retries: int) -> list[tuple[str, str | int]]:
         ("grpc.max_reconnect_backoff_ms", 2000),
     ]
     if retries:
-        options.append(("grpc.service_config", json.dumps(service_config(retries))))
+        options.append(("grpc.service_config", json.dumps(service_config(retries, streams=streams))))
     if address.startswith(LOOPBACK):
         options.append(("grpc.enable_http_proxy", 0))  # http_proxy is never meant for this machine
     return options
 
 
-def service_config(retries: int) -> dict[str, object]:
+def seconds(timeout: float | None, default: float | None) -> float | None:
+    """A call's timeout as gRPC takes it; None: it waits for ever.
+
+    Raises:
+        InvalidArgument: it is not a number.
+    """
+    chosen = default if timeout is None else timeout
+    if chosen is None or chosen > LONGEST_SECONDS:
+        return None
+    if math.isnan(chosen):
+        raise InvalidArgument("timeout: nan is not a number of seconds")
+    return chosen
+
+
+def service_config(retries: int, *, streams: bool) -> dict[str, object]:
     """The retries, described as gRPC wants it."""
     policy = {
         "maxAttempts": 1 + retries,
@@ -50,4 +70,4 @@ def service_config(retries: int) -> dict[str, object]:
         "maxBackoff": "2s",
         "retryableStatusCodes": ["UNAVAILABLE"],
     }
-    return {"methodConfig": [{"name": REPEATABLE, "retryPolicy": policy}]}
+    return {"methodConfig": [{"name": [*REPEATABLE, STREAM] if streams else REPEATABLE, "retryPolicy": policy}]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
@@ -11,7 +12,8 @@ import grpc
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from cutaway import replies, requests
-from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options
+from cutaway.attempts import Attempts
+from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, seconds
 from cutaway.interrupt import cancelling
 from cutaway.options import GenerateOptions, TokenizeOptions
 from cutaway.results import Answer, Detokenized, Health, Model, Token, Tokenized
@@ -21,6 +23,8 @@ from cutaway.v1 import inference_pb2 as pb
 from cutaway.v1.inference_pb2_grpc import InferenceStub
 
 if TYPE_CHECKING:
+    from cutaway.attempts import Call
+
     Asked = TypeVar("Asked")
     Told = TypeVar("Told")
 
@@ -34,11 +38,11 @@ class Stream(Transcript):
     server. `next(stream)` takes one token and leaves the stream open.
     """
 
-    def __init__(self, call: grpc.CallIterator[pb.GenerateResponse], request_id: str, address: str) -> None:
+    def __init__(self, attempts: Attempts, request_id: str, address: str) -> None:
         super().__init__(request_id)
-        self._messages = iter(call)
+        self._messages = attempts
         self._address = address
-        self._cancel = weakref.finalize(self, call.cancel)
+        self._cancel = weakref.finalize(self, attempts.cancel)
 
     def __iter__(self) -> Iterator[Token]:
         """Every token from here to the end; cancels when it is left early."""
@@ -73,6 +77,8 @@ class Stream(Transcript):
                 raise self._ended_early() from None
             raise
         except grpc.RpcError as error:
+            if self._closed:  # perhaps in the pause after an attempt that failed
+                raise self._ended_early() from error
             raise error_of(error, self._address) from error
 
     def close(self) -> None:
@@ -102,16 +108,16 @@ class Client:
     ) -> None:
         self.address = address
         self.timeout = timeout
-        self._channel = grpc.insecure_channel(address, options=channel_options(address, retries))
+        self._retries = retries
+        self._channel = grpc.insecure_channel(address, options=channel_options(address, retries, streams=False))
         self._stub = InferenceStub(self._channel)
         self._closed = False
 
     def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Stream:
         """Stream the completions of a prompt, of `token_ids=` or of `messages=`; iterate over the tokens."""
         request = requests.generate_request(prompt, options)
-        self._check_open()
-        call = self._stub.Generate(request, timeout=self._seconds(options.get("timeout")))
-        return Stream(call, request.request_id, self.address)
+        attempts = Attempts(partial(self._begin, request), self._seconds(options.get("timeout")), self._retries)
+        return Stream(attempts, request.request_id, self.address)
 
     def complete(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Answer:
         """Wait for the completions of a prompt, of `token_ids=` or of `messages=`."""
@@ -172,8 +178,12 @@ class Client:
         except grpc.RpcError as error:
             raise error_of(error, self.address) from error
 
+    def _begin(self, request: pb.GenerateRequest, timeout: float | None) -> Call:
+        self._check_open()
+        return self._stub.Generate(request, timeout=timeout)
+
     def _seconds(self, timeout: float | None) -> float | None:
-        return self.timeout if timeout is None else timeout
+        return seconds(timeout, self.timeout)
 
     def _check_open(self) -> None:
         if self._closed:

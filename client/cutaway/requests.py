@@ -87,12 +87,18 @@ def put_chat(
     if messages is None:
         return
     request.chat.SetInParent()
+    if isinstance(messages, str | Mapping):
+        raise TypeError(f"messages: {messages!r}: must be a list of them")
     for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise TypeError(f"messages[{i}]: {message!r}: must be a mapping with 'role' and 'content'")
         if message.keys() != {"role", "content"}:
             raise InvalidArgument(f"messages[{i}]: has {sorted(message)}, must have 'role' and 'content'")
         turn = request.chat.messages.add()
-        put(turn, "role", message["role"])
-        put(turn, "content", message["content"])
+        for field in ("role", "content"):
+            if not isinstance(message[field], str):
+                raise TypeError(f"messages[{i}].{field}: {message[field]!r}: must be a text")
+            put(turn, field, message[field])
     put(request.chat, "add_generation_prompt", add_generation_prompt)
 
 
@@ -101,8 +107,8 @@ def put(message: WireMessage, field: str, value: object) -> None:
     try:
         if value is None:
             return
-        if isinstance(value, Mapping):
-            getattr(message, field).update(value)
+        if message.DESCRIPTOR.fields_by_name[field].message_type is not None:
+            getattr(message, field).update(_mapping(value))
         elif message.DESCRIPTOR.fields_by_name[field].is_repeated:
             getattr(message, field).extend([value] if isinstance(value, str) else value)
         else:
@@ -111,3 +117,9 @@ def put(message: WireMessage, field: str, value: object) -> None:
         raise InvalidArgument(f"{field}: {value!r} cannot be sent: {error}") from error
     except TypeError as error:
         raise TypeError(f"{field}: {value!r}: {error}") from error
+
+
+def _mapping(value: object) -> Mapping[object, object]:
+    if not isinstance(value, Mapping):
+        raise TypeError("must be a mapping")
+    return value

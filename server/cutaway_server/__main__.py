@@ -10,20 +10,23 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
-
-from cutaway_server.config import Config, ConfigError, read_config
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 if TYPE_CHECKING:
+    from cutaway_server.config import Config
     from cutaway_server.engine.build import EngineFacts
     from cutaway_server.engine.engine import Engine
     from cutaway_server.service.server import Server
     from cutaway_server.text.tokenizer import TextModel
 
+Loaded = TypeVar("Loaded")
+
 log = logging.getLogger("cutaway_server")  # __name__ is __main__ here
 
+SWITCH_SECONDS = 0.0005
+CLEAN_UP_SECONDS = 1.0
 FAILED, MISTAKEN, SIGNALLED = 1, 2, 128  # exit codes: cut short; the caller's mistake; plus the signal's number
 
 
@@ -32,6 +35,10 @@ def main() -> None:
 
     It exits with 0 when drained, 1 if the engine failed or a second signal came, and 2 for wrong options or models.
     """
+    try:
+        from cutaway_server.config import ConfigError, read_config
+    except ModuleNotFoundError as error:  # the client alone is installed, and this command with it
+        _refuse(f"{error.name} is missing: install the server with `pip install 'cutaway[server]'`")
     try:
         config = read_config(sys.argv[1:], os.environ)
     except ConfigError as error:
@@ -42,6 +49,9 @@ def main() -> None:
     # Read when torch is loaded. Threads that wait for each other must not spin: where anything else wants a core (the
     # event loop does), a spinning thread keeps the one it waits for from running, and a step takes 20 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # A step gives the interpreter's lock up some 150 times, and waits this long for it each time a long text is being
+    # tokenised beside it: Python's own 5 ms stop everybody's tokens for 0.7 s.
+    sys.setswitchinterval(SWITCH_SECONDS)
     from cutaway_server.errors import ModelError
     from cutaway_server.service.server import ListenError
 
@@ -52,8 +62,8 @@ def main() -> None:
     sys.exit(code)
 
 
-def _refuse(error: Exception) -> NoReturn:
-    print(f"cutaway-server: {error}", file=sys.stderr)
+def _refuse(why: Exception | str) -> NoReturn:
+    print(f"cutaway-server: {why}", file=sys.stderr)
     sys.exit(MISTAKEN)
 
 
@@ -61,15 +71,43 @@ async def serve(config: Config) -> int:
     """Listen, load, and serve until a signal comes or the engine fails; the exit code."""
     from cutaway_server.service.server import Server
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # while it loads there is nothing to give back
-        asyncio.get_running_loop().add_signal_handler(number, os._exit, SIGNALLED + number)
+    loading = Loading()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, loading.stop, SIGNALLED + number)
     server = Server(config)
     address = await server.listen()
     try:
-        engine, facts, text = await asyncio.to_thread(load, config)
+        engine, facts, text = await loading.ended(asyncio.to_thread(load, config))
         return await _serve_engine(server, address, engine, facts, text)
     finally:
         await server.stop()
+
+
+class Loading:
+    """Ends the program while it loads: at once, or as soon as a download under way has cleaned up after itself."""
+
+    def __init__(self) -> None:
+        self._code: int | None = None
+
+    def stop(self, code: int) -> None:
+        """End the program with `code`, and its children."""
+        import psutil
+
+        children = psutil.Process().children(recursive=True)
+        if self._code is not None or not children:
+            os._exit(code)
+        self._code = code
+        for child in children:
+            child.terminate()
+        asyncio.get_running_loop().call_later(CLEAN_UP_SECONDS, os._exit, code)
+
+    async def ended(self, load: Awaitable[Loaded]) -> Loaded:
+        """What `load` gives."""
+        try:
+            return await load
+        finally:
+            if self._code is not None:
+                os._exit(self._code)
 
 
 def load(config: Config) -> tuple[Engine, EngineFacts, TextModel]:

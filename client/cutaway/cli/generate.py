@@ -48,6 +48,11 @@ def generate(
     request on the server.
     """
     wanted = given(options)
+    for name in () if as_json else ("logprobs", "prompt_logprobs"):
+        if name in wanted:
+            raise click.UsageError(f"--{name.replace('_', '-')} needs --json: beside a text there is no place for them")
+    if stream and not as_json:
+        raise click.UsageError("--stream needs --json: a text is always written as it comes")
     if ids is not None:
         if prompt is not None or as_chat or system is not None:
             raise click.UsageError("--token-ids excludes PROMPT, --chat and --system")

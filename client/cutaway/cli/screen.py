@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cutaway.errors import CutawayError
+
 if TYPE_CHECKING:
     from cutaway.client import Stream
     from cutaway.results import Timings, Usage
@@ -33,8 +35,13 @@ def shown(stream: Stream) -> Iterator[str]:
 
 def write(stream: Stream) -> None:
     """Write a stream's text to standard output as it comes, and a newline."""
-    for text in shown(stream):
-        click.echo(harmless(text) if sys.stdout.isatty() else text, nl=False)
+    try:
+        for text in shown(stream):
+            click.echo(harmless(text) if sys.stdout.isatty() else text, nl=False)
+    except CutawayError:
+        if stream.text:  # the error has a line of its own
+            click.echo()
+        raise
     click.echo()
 
 

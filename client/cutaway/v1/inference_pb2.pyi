@@ -174,7 +174,7 @@ class Chat(_message.Message):
     """End with the tokens that start the assistant's turn. Unset: true."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
-        """The turns so far, oldest first; at least one."""
+        """The turns so far, oldest first; at least one, at most 4096."""
 
     def __init__(
         self,
@@ -987,7 +987,7 @@ class DetokenizeRequest(_message.Message):
     """Leave special tokens out. Unset: false."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
-        """Token ids."""
+        """Token ids, at most 262144."""
 
     def __init__(
         self,

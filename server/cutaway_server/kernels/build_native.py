@@ -1,4 +1,4 @@
-"""The native library from its sources: compiled once, in a second or two, into the user's cache."""
+"""The native library: as the wheel carries it, or compiled from its sources, once, into the user's cache."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def variants() -> dict[str, tuple[str, ...]]:
 
 def build(cache: Path | None = None) -> Path | None:
     """The library's file, compiled if it is not there yet; None, with one warning, where that cannot be done."""
-    compiler = _compiler()
+    if (carried := SOURCES / prebuilt_name()).exists():
+        return carried
+    compiler = find_compiler()
     if compiler is None:
         log.warning("no C compiler (cc, gcc or clang) found: the slower reference kernels serve")
         return None
@@ -50,7 +52,7 @@ def build(cache: Path | None = None) -> Path | None:
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            made = _compile(compiler, Path(scratch))
+            made = compile_library(compiler, Path(scratch))
             os.replace(made, library)  # whoever looks sees all of it or nothing
     except (OSError, subprocess.TimeoutExpired) as error:
         log.warning("the native kernels cannot be built, the slower reference kernels serve: %s", error)
@@ -61,22 +63,36 @@ def build(cache: Path | None = None) -> Path | None:
     return library
 
 
-def _compiler() -> str | None:
+def prebuilt_name() -> str:
+    """The file a wheel carries; it changes with the sources, the flags and the machine's kind."""
+    return f"kernels-{_digest(platform.system(), platform.machine())}.so"
+
+
+def find_compiler() -> str | None:
+    """A C compiler: $CC, cc, gcc or clang."""
     names = (os.environ.get("CC", ""), "cc", "gcc", "clang")
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 def _key(compiler: str) -> str:
     """Changes with the sources, the flags and the compiler."""
-    digest = hashlib.blake2b(digest_size=12)
     stat = Path(compiler).resolve().stat()
-    digest.update(repr((COMMON, variants(), compiler, stat.st_size, stat.st_mtime_ns, platform.machine())).encode())
+    return _digest(compiler, stat.st_size, stat.st_mtime_ns, platform.machine())
+
+
+def _digest(*also: object) -> str:
+    digest = hashlib.blake2b(repr((COMMON, variants(), *also)).encode(), digest_size=12)
     for source in sorted(SOURCES.glob("*.[ch]")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
-def _compile(compiler: str, scratch: Path) -> Path:
+def compile_library(compiler: str, scratch: Path) -> Path:
+    """Every variant in one library, made in `scratch`.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it does not compile.
+    """
     jobs = {
         name: (*COMMON, *flags, f"-DVARIANT={name}", "-c", str(SOURCES / "operations.c"))
         for name, flags in variants().items()

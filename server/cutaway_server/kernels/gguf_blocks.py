@@ -22,11 +22,12 @@ class BlockFields:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One type of block. Its integers are stored `stored_above` what they stand for."""
+    """One type of block. Its integers are stored `stored_above` what they stand for; `scales` are the bytes of fp16."""
 
     n_weights: int
     n_bytes: int
     stored_above: int
+    scales: slice
     split: Callable[[Tensor], BlockFields]
 
 
@@ -100,12 +101,12 @@ def _q6_k(raw: Tensor) -> BlockFields:
 
 
 BLOCKS = {
-    "Q4_0": Block(32, 18, 8, _q4_0),
-    "Q4_1": Block(32, 20, 0, _q4_1),
-    "Q5_0": Block(32, 22, 16, _q5_0),
-    "Q5_1": Block(32, 24, 0, _q5_1),
-    "Q8_0": Block(32, 34, 128, _q8_0),
-    "Q4_K": Block(256, 144, 0, _q4_k),
-    "Q5_K": Block(256, 176, 0, _q5_k),
-    "Q6_K": Block(256, 210, 32, _q6_k),
+    "Q4_0": Block(32, 18, 8, slice(0, 2), _q4_0),
+    "Q4_1": Block(32, 20, 0, slice(0, 4), _q4_1),
+    "Q5_0": Block(32, 22, 16, slice(0, 2), _q5_0),
+    "Q5_1": Block(32, 24, 0, slice(0, 4), _q5_1),
+    "Q8_0": Block(32, 34, 128, slice(0, 2), _q8_0),
+    "Q4_K": Block(256, 144, 0, slice(0, 4), _q4_k),
+    "Q5_K": Block(256, 176, 0, slice(0, 4), _q5_k),
+    "Q6_K": Block(256, 210, 32, slice(208, 210), _q6_k),
 }

@@ -131,6 +131,11 @@ class Blocks:
         block = BLOCKS[self.format]
         return self.raw.shape[1] // block.n_bytes * block.n_weights
 
+    def scales(self) -> Tensor:
+        """Every fp16 scale and minimum."""
+        block = BLOCKS[self.format]
+        return self.raw.unflatten(1, (-1, block.n_bytes))[..., block.scales].contiguous().view(torch.float16)
+
     def integers(self, rows: slice | Tensor) -> Integers:
         """Those of some rows."""
         block, kind = BLOCKS[self.format], KINDS[self.format]

@@ -18,7 +18,7 @@ from cutaway_server.kernels.batch import Batch
 from cutaway_server.kernels.linear import linear
 from cutaway_server.kernels.plan import Plan, all_frequencies, make_plan
 from cutaway_server.kernels.rope import rotate
-from cutaway_server.kernels.weights import Norm, Weights
+from cutaway_server.kernels.weights import Norm, Weights, embedding
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,10 @@ class ReferenceKernels:
     name = "reference"
 
     def __init__(self, config: ModelConfig, weights: Weights, context: int) -> None:
-        """`context` is the longest position served (NTK scaling depends on it)."""
+        """`context` is the longest position served (NTK scaling depends on it). No matrix may be quantised."""
         self.config = config
         self.weights = weights
-        self.frequencies = all_frequencies(config, context, weights.embed.device)
+        self.frequencies = all_frequencies(config, context, weights.device)
 
     def plan(self, batch: Batch) -> Plan:
         """What all layers of one step share."""
@@ -78,9 +78,19 @@ class ReferenceKernels:
 
     def embed(self, plan: Plan) -> Tensor:
         """Token (and learned position) embeddings: the first residual [T, d_model]."""
-        residual = F.embedding(plan.batch.token_ids, self.weights.embed).float() * self.config.embed_scale
+        residual = embedding(plan.batch.token_ids, self.weights.embed).float() * self.config.embed_scale
         if self.weights.positions is not None:
             residual = residual + F.embedding(plan.batch.positions, self.weights.positions).float()
+        return residual
+
+    def layers(self, first: int, stop: int, residual: Tensor, plan: Plan, pages: Pages) -> Tensor:
+        """Layers [first, stop), in which nobody looks or edits: the operations below, in order."""
+        for layer in range(first, stop):
+            q = self.attention_input(layer, residual, plan, pages)
+            z, _ = self.paged_attention(layer, q, plan, pages)
+            residual = self.attention_output(layer, z, residual)
+            hidden = self.mlp_input(layer, residual)
+            residual = self.mlp_output(layer, hidden, residual)
         return residual
 
     def open_attention_input(self, layer: int, residual: Tensor, plan: Plan) -> AttentionInput:
@@ -105,9 +115,7 @@ class ReferenceKernels:
 
     def store(self, layer: int, values: AttentionInput, plan: Plan, pages: Pages) -> None:
         """Write K and V where the batch says; rows that are revisited write to page 0, which nobody reads."""
-        page, offset = plan.batch.slots // pages.page_size, plan.batch.slots % pages.page_size
-        pages.keys[layer][page, :, offset] = values.rot_k.to(pages.keys.dtype)
-        pages.values[layer][page, :, offset] = values.v.to(pages.values.dtype)
+        pages.store(layer, plan.batch.slots, values.rot_k, values.v)
 
     def paged_attention(self, layer: int, q: Tensor, plan: Plan, pages: Pages) -> tuple[Tensor, Tensor]:
         """Attention over the stored keys: z [T, heads, d_head] and the log-sum-exp of the scores [T, heads]."""

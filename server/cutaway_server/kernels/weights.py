@@ -1,7 +1,7 @@
 """The tensors of a model, as the operations take them: out-features first, query-key-value and gate-up joined.
 
-Matrices are in the served dtype or quantised as the checkpoint has them, norm gains and biases in fp32. Nothing is folded or centred (gains of Gemma, stored
-as w, are here as 1 + w, which is what they multiply by).
+Matrices are in the served dtype, or quantised as the checkpoint has them; norm gains and biases are in fp32. Nothing is
+folded or centred (gains of Gemma, stored as w, are here as 1 + w, which is what they multiply by).
 """
 
 from __future__ import annotations
@@ -66,6 +66,11 @@ class Weights:
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor once (tied ones are one), of quantised matrices their blocks."""
         return (part if isinstance(part, Tensor) else part.raw for part in self._parts())
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.final_norm.gain.device
 
     @property
     def n_parameters(self) -> int:

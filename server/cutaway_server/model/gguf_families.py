@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from cutaway_server.architecture import LayerConfig, ModelConfig, Rope, RopeScaling
 from cutaway_server.errors import ModelError
-from cutaway_server.model.checkpoint import TensorReader
+from cutaway_server.model.layout import TensorReader
 from cutaway_server.model.json_file import Fields
 
 ROPE_FACTORS = "rope_freqs.weight"

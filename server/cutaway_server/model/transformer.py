@@ -23,12 +23,7 @@ class Transformer:
         kernels = self.kernels
         plan = kernels.plan(batch)
         residual = kernels.embed(plan)
-        for layer in range(self.config.n_layers):
-            q = kernels.attention_input(layer, residual, plan, pages)
-            z, _ = kernels.paged_attention(layer, q, plan, pages)
-            residual = kernels.attention_output(layer, z, residual)
-            hidden = kernels.mlp_input(layer, residual)
-            residual = kernels.mlp_output(layer, hidden, residual)
+        residual = kernels.layers(0, self.config.n_layers, residual, plan, pages)
         return residual[batch.logit_rows]
 
     @torch.inference_mode()

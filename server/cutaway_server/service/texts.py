@@ -9,6 +9,8 @@ from cutaway.v1 import inference_pb2 as v1
 from cutaway_server.errors import InvalidField
 from cutaway_server.text.tokenizer import ChatMessage, Encoded, TextModel, WordMerges
 
+MAX_MESSAGES = 4096
+MAX_DETOKENIZED = 2**18
 MAX_ANSWER_BYTES = 4 * 2**20  # stock clients refuse larger messages
 
 Input = v1.GenerateRequest | v1.TokenizeRequest
@@ -17,6 +19,18 @@ Input = v1.GenerateRequest | v1.TokenizeRequest
 def is_set(message: Input, name: str, *, default: bool) -> bool:
     """A flag of a message, or its default if it is not set."""
     return bool(getattr(message, name)) if message.HasField(name) else default  # type: ignore[arg-type]
+
+
+def check_flags(message: Input) -> None:
+    """Refuse what only says how plain text is read, where there is none.
+
+    Raises:
+        InvalidField: a flag is set that would do nothing.
+    """
+    kind = message.WhichOneof("prompt") if isinstance(message, v1.GenerateRequest) else message.WhichOneof("input")
+    for flag in ("parse_special_tokens", "add_special_tokens"):
+        if kind in ("chat", "token_ids") and message.HasField(flag):
+            raise InvalidField(flag, getattr(message, flag), f"is for a text, and must not be set with {kind}")
 
 
 def encode_text(message: Input, model: TextModel, max_bytes: int) -> Encoded:
@@ -37,11 +51,13 @@ def encode_chat(chat: v1.Chat, model: TextModel, max_bytes: int) -> tuple[str, E
     """A conversation as the template lays it out: the text, and its tokens.
 
     Raises:
-        InvalidField: it is empty or too long, or the template refuses it.
+        InvalidField: it is empty, or too long, or has too many turns, or the template refuses it.
         Unsupported: the model has no template.
     """
     if not chat.messages:
         raise InvalidField("chat.messages", "0 messages", "must have at least one")
+    if len(chat.messages) > MAX_MESSAGES:
+        raise InvalidField("chat.messages", f"{len(chat.messages)} messages", f"at most {MAX_MESSAGES} are allowed")
     size = sum(len(turn.role.encode()) + len(turn.content.encode()) for turn in chat.messages)
     _check_size("chat.messages", size, max_bytes)
     turns = [ChatMessage(turn.role, turn.content) for turn in chat.messages]
@@ -77,6 +93,7 @@ def tokenize(message: v1.TokenizeRequest, model: TextModel, max_bytes: int) -> v
         InvalidField: there is nothing, or too much, to tokenise or to tell.
         Unsupported: no template, or merges of a tokenizer that has none.
     """
+    check_flags(message)
     match message.WhichOneof("input"):
         case "text":
             rendered, encoded = "", encode_text(message, model, max_bytes)
@@ -116,7 +133,10 @@ def detokenize(message: v1.DetokenizeRequest, model: TextModel, vocab_size: int)
     Raises:
         InvalidField: an id is not in the vocabulary, or there is too much to tell.
     """
-    ids = token_ids(message.token_ids, vocab_size) if message.token_ids.ids else ()
+    count = len(message.token_ids.ids)
+    if count > MAX_DETOKENIZED:
+        raise InvalidField("token_ids", f"{count} ids", f"at most {MAX_DETOKENIZED} are allowed: send them in parts")
+    ids = token_ids(message.token_ids, vocab_size) if count else ()
     answer = v1.DetokenizeResponse(
         text=model.decode(ids, skip_special_tokens=message.skip_special_tokens),
         token_bytes=[model.token_bytes(token) for token in ids],
