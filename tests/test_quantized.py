@@ -1,4 +1,4 @@
-"""Quantised products against exact integer arithmetic, formats against the gguf package, rows that do not know each other."""
+"""Quantised products against exact integers, formats against the gguf package, rows that do not know each other."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def whole(source: Quantized | Rounded) -> Integers:
 def activations(rows: int, depth: int, seed: int = 0) -> torch.Tensor:
     """Of very different sizes, some groups all zeros."""
     source = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, depth, generator=source) * torch.exp(3 * torch.randn(rows, depth // 32, 1, generator=source)).expand(
-        -1, -1, 32
-    ).reshape(rows, depth)
+    x = torch.randn(rows, depth, generator=source) * torch.exp(
+        3 * torch.randn(rows, depth // 32, 1, generator=source)
+    ).expand(-1, -1, 32).reshape(rows, depth)
     x[:, 32:64] = 0
     return x
 
@@ -204,6 +204,8 @@ def test_rounding_is_to_the_nearest(kind: Kind) -> None:
     assert (rounded.values()[3] == 0).all()
     if kind == Kind.GROUP4:
         worst = (weights.abs().unflatten(1, (-1, 32)).amax(2) / 8).repeat_interleave(32, 1)
-        assert (error.square().unflatten(1, (-1, 32)).sum(2) <= 32 * (worst / 2).unflatten(1, (-1, 32))[:, :, 0] ** 2 * 2).all()
+        assert (
+            error.square().unflatten(1, (-1, 32)).sum(2) <= 32 * (worst / 2).unflatten(1, (-1, 32))[:, :, 0] ** 2 * 2
+        ).all()
     else:
         assert (error <= step * 0.501 + 1e-7).all()

@@ -87,13 +87,13 @@ def build_engine(
     warm_up(engine)
     facts = EngineFacts(
         checkpoint.config, model_hash, n_parameters, model.kernels.name, WIRE_DTYPES[dtype], quantized,
-        device.type, context, config.max_running, config.max_queued, config.max_batch_tokens, config.page_size, pages.n_pages - 1,
-        checkpoint.eos_token_ids, checkpoint.defaults,
+        device.type, context, config.max_running, config.max_queued, config.max_batch_tokens, config.page_size,
+        pages.n_pages - 1, checkpoint.eos_token_ids, checkpoint.defaults,
     )  # fmt: skip
     log.info(
         "%s: %d parameters in %s (quantised: %s) on %s, %s kernels, %d pages of %d tokens",
-        checkpoint.config.family, facts.n_parameters, facts.dtype, facts.quantization, facts.device, facts.kernels, facts.total_pages,
-        facts.page_size,
+        checkpoint.config.family, facts.n_parameters, facts.dtype, facts.quantization, facts.device,
+        facts.kernels, facts.total_pages, facts.page_size,
     )  # fmt: skip
     return engine, facts
 

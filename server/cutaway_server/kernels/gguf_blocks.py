@@ -11,8 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class BlockFields:
-    """Of blocks [n, blocks, ...]: `integers` uint8 [n, blocks, weights] as stored; `scales` fp16 [n, blocks], with minima
-    [n, blocks, 2]; `parts` uint8 [n, blocks, groups of 32, 2], as `quantized.Integers` has them.
+    """What some rows' blocks hold.
+
+    `integers` uint8 [n, blocks, weights] as stored; `scales` fp16 [n, blocks], with minima [n, blocks, 2]; `parts`
+    uint8 [n, blocks, groups of 32, 2], as `quantized.Integers` has them.
     """
 
     integers: Tensor
@@ -76,7 +78,7 @@ def _six_bit_parts(raw: Tensor) -> Tensor:
 
 def _nibbles_of_pairs(raw: Tensor) -> Tensor:
     """Bytes of 32 have one group in their low halves and the next in their high ones: [..., 128] to [..., 256]."""
-    return _nibbles(raw.unflatten(-1, (-1, 32))).flatten(-2)
+    return _nibbles(torch.unflatten(raw, -1, (-1, 32))).flatten(-2)
 
 
 def _q4_k(raw: Tensor) -> BlockFields:
@@ -91,13 +93,12 @@ def _q5_k(raw: Tensor) -> BlockFields:
 
 
 def _q6_k(raw: Tensor) -> BlockFields:
-    low = raw[..., :128].unflatten(-1, (2, 64))
+    low = torch.unflatten(raw[..., :128], -1, (2, 64))
     low = torch.cat([low & 15, low >> 4], -1)  # [..., 2, 128]
-    pairs = raw[..., 128:192].unflatten(-1, (2, 1, 32))
+    pairs = torch.unflatten(raw[..., 128:192], -1, (2, 1, 32))
     high = (pairs >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None] & 3).flatten(-2)
-    return BlockFields(
-        (low | high << 4).flatten(-2), _halves(raw[..., 208:])[..., 0], raw[..., 192:208].unflatten(-1, (8, 2))
-    )
+    parts = torch.unflatten(raw[..., 192:208], -1, (8, 2))
+    return BlockFields((low | high << 4).flatten(-2), _halves(raw[..., 208:])[..., 0], parts)
 
 
 BLOCKS = {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from cutaway_server.kernels.library import CMatrix, CShape, Library
-from cutaway_server.kernels.packing import AnyPacked, Packed
+from cutaway_server.kernels.packing import AnyPacked
 from cutaway_server.kernels.packing_quantized import PackedQuantized, PackedStack
 
 
@@ -32,7 +33,7 @@ class NativeMatrix:
         """The first matrix, with the columns and bias of all, which leads to the others."""
         parts = [NativeMatrix(part) for part in packed.stacked]
         self._following = parts[1:]
-        for part, following in zip(parts, parts[1:], strict=False):
+        for part, following in pairwise(parts):
             part.struct.next = ctypes.addressof(following.struct)
         first = parts[0].struct
         first.columns, first.tiles, first.bias = packed.columns, packed.tiles, _at(packed.bias)
@@ -43,7 +44,13 @@ class NativeLinear:
     """A product with one packed matrix, alone: what benchmarks and tests ask for."""
 
     def __init__(
-        self, library: Library, variant: str, packed: AnyPacked, *, dtype: torch.dtype = torch.bfloat16, threads: int = 1
+        self,
+        library: Library,
+        variant: str,
+        packed: AnyPacked,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        threads: int = 1,
     ) -> None:
         self._matrix = NativeMatrix(packed)
         self._shape = CShape(bf16=dtype == torch.bfloat16, threads=threads)

@@ -104,4 +104,3 @@ def _blocks(parts: tuple[Tensor, ...], consume: bool) -> Tensor:
         parts[0].untyped_storage().resize_(0)
         trim()
     return out
-

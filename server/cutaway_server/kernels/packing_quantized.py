@@ -21,8 +21,8 @@ DEEPEST = 65536  # of ROW8: deeper sums would not fit 32 bits
 class PackedQuantized:
     """A matrix [columns, depth] in blocks of 16 columns.
 
-    `data` uint8 [blocks, depth / 4, 16, 4], or two integers a byte [blocks, groups, 4, 16, 4]; `scales` and `parts` as in
-    `Integers`, with 16 columns side by side last: [blocks, groups, 16], [blocks, groups, 2, 16].
+    `data` uint8 [blocks, depth / 4, 16, 4], or two integers a byte [blocks, groups, 4, 16, 4]; `scales` and `parts` as
+    in `Integers`, with 16 columns side by side last: [blocks, groups, 16], [blocks, groups, 2, 16].
     """
 
     kind: Kind
@@ -113,19 +113,19 @@ def _blocks(rows: Integers) -> _Blocks:
     kind, stored = rows.kind, rows.stored
     whole = 2 * GROUP if kind == Kind.ROW8 else GROUP
     pad = (0, -stored.shape[1] % whole, 0, -len(stored) % BLOCK)
-    stored = F.pad(stored, pad, value=kind.stored_above).unflatten(0, (-1, BLOCK))
+    stored = torch.unflatten(F.pad(stored, pad, value=kind.stored_above), 0, (-1, BLOCK))
     if kind.four_bit:
-        groups = stored.unflatten(2, (-1, 2, 4, 4))  # [blocks, 16, groups, halves, vectors, 4]
+        groups = torch.unflatten(stored, 2, (-1, 2, 4, 4))  # [blocks, 16, groups, halves, vectors, 4]
         data = (groups[:, :, :, 0] | groups[:, :, :, 1] << 4).permute(0, 2, 3, 1, 4)
     else:
-        data = stored.unflatten(2, (-1, 4)).transpose(1, 2)
+        data = torch.unflatten(stored, 2, (-1, 4)).transpose(1, 2)
     return _Blocks(kind, data, _side_by_side(rows.scales), None if rows.parts is None else _side_by_side(rows.parts))
 
 
 def _side_by_side(fields: Tensor) -> Tensor:
     """[n, ...] to [blocks, ..., 16]."""
     padded = torch.cat([fields, fields.new_zeros(-len(fields) % BLOCK, *fields.shape[1:])])
-    return padded.unflatten(0, (-1, BLOCK)).movedim(1, -1)
+    return torch.unflatten(padded, 0, (-1, BLOCK)).movedim(1, -1)
 
 
 def _empty(like: _Blocks, n_blocks: int, bias: Tensor | None, columns: int, depth: int) -> PackedQuantized:

@@ -1,7 +1,7 @@
 """Quantised matrices: integers, the scales of groups of them, and the values they stand for.
 
-A matrix comes as GGUF's own blocks (`Quantized`) or is rounded from floats (`Rounded`, in rounding.py); both give some rows' `Integers`,
-which are what the native library computes with once packed.
+A matrix comes as GGUF's own blocks (`Quantized`) or is rounded from floats (`Rounded`, in rounding.py). Both give some
+rows' `Integers`, which are what the native library computes with once packed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cutaway_server.kernels.gguf_blocks import BLOCKS
 from cutaway_server.kernels.memory import CHUNK_BYTES, give_back
@@ -64,8 +65,8 @@ class Integers:
     """Some rows of a quantised matrix.
 
     `stored` uint8 [n, depth]. `scales`: fp32 [n] of ROW8; fp16 [n, groups] of GROUP8 and GROUP4; [n, groups, 2] (scale,
-    minimum) of MIN8 and MIN4; [n, supers, 2] of SUPER8 and SUPER4; [n, supers] of HALVES8. `parts` uint8 [n, groups, 2]:
-    of scale and minimum, or (signed) of both halves of the group.
+    minimum) of MIN8 and MIN4; [n, supers, 2] of SUPER8 and SUPER4; [n, supers] of HALVES8. `parts` uint8 [n, groups,
+    2]: of scale and minimum, or (signed) of both halves of the group.
     """
 
     kind: Kind
@@ -79,7 +80,7 @@ class Integers:
         if self.kind == Kind.ROW8:
             return centred * self.scales[:, None]
         depth = centred.shape[1]
-        grouped = torch.nn.functional.pad(centred, (0, -depth % GROUP)).unflatten(1, (-1, GROUP))
+        grouped = torch.unflatten(F.pad(centred, (0, -depth % GROUP)), 1, (-1, GROUP))
         return self._scaled(grouped).flatten(1)[:, :depth]
 
     def _scaled(self, grouped: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ class Integers:
         assert self.parts is not None
         each = scales.repeat_interleave(SUPER // GROUP, 1)
         if self.kind == Kind.HALVES8:
-            halves = grouped.unflatten(2, (2, GROUP // 2))
+            halves = torch.unflatten(grouped, 2, (2, GROUP // 2))
             return (halves * (each * self.parts.view(torch.int8).float())[..., None]).flatten(2)
         parts = self.parts.float()[..., None]
         return grouped * (each[:, :, 0] * parts[:, :, 0]) - each[:, :, 1] * parts[:, :, 1]
@@ -134,12 +135,12 @@ class Blocks:
     def scales(self) -> Tensor:
         """Every fp16 scale and minimum."""
         block = BLOCKS[self.format]
-        return self.raw.unflatten(1, (-1, block.n_bytes))[..., block.scales].contiguous().view(torch.float16)
+        return torch.unflatten(self.raw, 1, (-1, block.n_bytes))[..., block.scales].contiguous().view(torch.float16)
 
     def integers(self, rows: slice | Tensor) -> Integers:
         """Those of some rows."""
         block, kind = BLOCKS[self.format], KINDS[self.format]
-        fields = block.split(self.raw[rows].unflatten(1, (-1, block.n_bytes)))
+        fields = block.split(torch.unflatten(self.raw[rows], 1, (-1, block.n_bytes)))
         stored = fields.integers.add_(kind.stored_above - block.stored_above).flatten(1)
         return Integers(kind, stored, fields.scales, None if fields.parts is None else fields.parts.flatten(1, 2))
 

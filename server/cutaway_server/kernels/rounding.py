@@ -99,7 +99,7 @@ def round_groups_to_four_bits(weights: Tensor) -> Integers:
 
 def _grouped(weights: Tensor) -> Tensor:
     """[n, groups, 32], the last filled with zeros."""
-    return F.pad(weights, (0, -weights.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    return torch.unflatten(F.pad(weights, (0, -weights.shape[1] % GROUP)), 1, (-1, GROUP))
 
 
 ROUND = {Kind.ROW8: round_rows, Kind.GROUP8: round_groups, Kind.GROUP4: round_groups_to_four_bits}

@@ -17,6 +17,7 @@ from cutaway_server.kernels.quantized import Blocks, Quantized
 
 Matrix = Tensor | Quantized
 
+
 @dataclass(frozen=True, slots=True)
 class Norm:
     """RMSNorm's gain, or LayerNorm's gain and bias, fp32 [width]."""

@@ -2,7 +2,7 @@
 #ifndef CUTAWAY_QUANTIZED_SCALES_H
 #define CUTAWAY_QUANTIZED_SCALES_H
 
-enum { PARTS = 16 / LANES }; /* vectors of a block of 16 columns */
+enum { VECTORS_A_BLOCK = 16 / LANES }; /* vectors of a block of 16 columns */
 
 INLINE Vector load_half(const uint16_t *p) {
 #if defined(__AVX512F__)

@@ -49,16 +49,16 @@ INLINE Integers dot(Integers sum, Bits w, int32_t x, const int small) {
 #endif
 }
 
-/* dots [n][BLOCKS * PARTS] += a group, or half of it, of n rows `depth` apart times BLOCKS blocks `apart`. */
+/* dots [n][BLOCKS * VECTORS_A_BLOCK] += a group, or half of it, of n rows `depth` apart times BLOCKS blocks `apart`. */
 INLINE void dot_group(
     const int n, const int four_bit, const int half_group, const uint8_t *w, int64_t apart, const int8_t *x, int64_t depth,
-    Integers dots[][BLOCKS * PARTS]) {
+    Integers dots[][BLOCKS * VECTORS_A_BLOCK]) {
     const int steps = four_bit || half_group ? 4 : 8;
 #pragma GCC unroll 8
     for (int k = 0; k < steps; k++)
 #pragma GCC unroll 8
-        for (int v = 0; v < BLOCKS * PARTS; v++) {
-            Bits weights = load_bits(w + v / PARTS * apart + k * 64 + v % PARTS * 4 * LANES);
+        for (int v = 0; v < BLOCKS * VECTORS_A_BLOCK; v++) {
+            Bits weights = load_bits(w + v / VECTORS_A_BLOCK * apart + k * 64 + v % VECTORS_A_BLOCK * 4 * LANES);
 #pragma GCC unroll 8
             for (int r = 0; r < n; r++) {
                 const int8_t *four_of = x + r * depth + 4 * k;
@@ -79,21 +79,21 @@ INLINE void multiply_groups(const int kind, const int n, const Matrix *w, const 
     const int64_t depth = w->padded_depth, groups = depth / GROUP, bytes = GROUP * (four_bit ? 8 : 16), apart = groups * bytes;
     const uint8_t *data = (const uint8_t *)w->data + block * apart;
     const int8_t *values = x->values + row * depth;
-    Vector sums[MOST_GROUP_ROWS][BLOCKS * PARTS] = {{{0}}};
+    Vector sums[MOST_GROUP_ROWS][BLOCKS * VECTORS_A_BLOCK] = {{{0}}};
     for (int64_t g = 0; g < groups; g++)
 #pragma GCC unroll 2
         for (int half = 0; half < halves; half++) {
-            Integers dots[MOST_GROUP_ROWS][BLOCKS * PARTS];
+            Integers dots[MOST_GROUP_ROWS][BLOCKS * VECTORS_A_BLOCK];
             const int32_t *minus = halves == 2 ? x->minus_halves + (2 * g + half) * 16 + row : x->minus + g * 16 + row;
 #pragma GCC unroll 8
             for (int r = 0; r < n; r++)
 #pragma GCC unroll 8
-                for (int v = 0; v < BLOCKS * PARTS; v++) dots[r][v] = (Integers){0} + above * minus[r];
+                for (int v = 0; v < BLOCKS * VECTORS_A_BLOCK; v++) dots[r][v] = (Integers){0} + above * minus[r];
             dot_group(n, four_bit, halves == 2, data + g * bytes + half * 256, apart, values + g * GROUP + half * 16, depth, dots);
 #pragma GCC unroll 8
-            for (int v = 0; v < BLOCKS * PARTS; v++) {
+            for (int v = 0; v < BLOCKS * VECTORS_A_BLOCK; v++) {
                 Vector scale, minimum;
-                load_scales(kind, w, block + v / PARTS, g, half, v % PARTS, &scale, &minimum);
+                load_scales(kind, w, block + v / VECTORS_A_BLOCK, g, half, v % VECTORS_A_BLOCK, &scale, &minimum);
 #pragma GCC unroll 8
                 for (int r = 0; r < n; r++) {
                     Vector scaled = __builtin_convertvector(dots[r][v], Vector) * fill(x->scales[g * 16 + row + r]);
@@ -105,7 +105,7 @@ INLINE void multiply_groups(const int kind, const int n, const Matrix *w, const 
 #pragma GCC unroll 8
     for (int r = 0; r < n; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < BLOCKS * PARTS; v++) store(out + r * 32 + v * LANES, sums[r][v]);
+        for (int v = 0; v < BLOCKS * VECTORS_A_BLOCK; v++) store(out + r * 32 + v * LANES, sums[r][v]);
 }
 
 /* A row's integers, less what storing the columns + 128 added to them, scaled. */
@@ -117,11 +117,11 @@ INLINE void multiply_rows(const int n, const Matrix *w, const Panel *x, int64_t 
     const int64_t depth = w->padded_depth, apart = depth * 16;
     const uint8_t *data = (const uint8_t *)w->data + block * apart;
     const int8_t *values = x->values + row * depth;
-    Integers sums[MOST_INTEGER_ROWS][BLOCKS * PARTS] = {{{0}}};
+    Integers sums[MOST_INTEGER_ROWS][BLOCKS * VECTORS_A_BLOCK] = {{{0}}};
     for (int64_t k = 0; k < depth; k += 4)
 #pragma GCC unroll 8
-        for (int v = 0; v < BLOCKS * PARTS; v++) {
-            Bits weights = load_bits(data + v / PARTS * apart + k * 16 + v % PARTS * 4 * LANES);
+        for (int v = 0; v < BLOCKS * VECTORS_A_BLOCK; v++) {
+            Bits weights = load_bits(data + v / VECTORS_A_BLOCK * apart + k * 16 + v % VECTORS_A_BLOCK * 4 * LANES);
 #pragma GCC unroll 8
             for (int r = 0; r < n; r++) sums[r][v] = dot(sums[r][v], weights, four(values + r * depth + k), 0);
         }
@@ -129,7 +129,7 @@ INLINE void multiply_rows(const int n, const Matrix *w, const Panel *x, int64_t 
 #pragma GCC unroll 8
     for (int r = 0; r < n; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < BLOCKS * PARTS; v++)
+        for (int v = 0; v < BLOCKS * VECTORS_A_BLOCK; v++)
             store(out + r * 32 + v * LANES, scale_row(sums[r][v], x, row + r, scales + v * LANES));
 }
 
