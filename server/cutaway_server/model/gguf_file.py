@@ -88,9 +88,9 @@ class GgufReader:
     def blocks(self, name: str) -> Tensor:
         """A quantised matrix's blocks as the file has them: uint8 [rows, bytes of a row]."""
         tensor = self._tensor(name)
-        out = torch.empty(tensor.size, dtype=torch.uint8)  # torch's own memory can be given back, numpy's cannot
-        out.numpy()[:] = np.frombuffer(self._bytes(tensor, 0, tensor.shape[0]), np.uint8)
-        return out.view(tensor.shape[0], -1)
+        raw = np.frombuffer(self._bytes(tensor, 0, tensor.shape[0]), np.uint8)
+        # Twice: the map is read-only, and only torch's own memory can be given back.
+        return torch.from_numpy(raw.copy()).clone().view(tensor.shape[0], -1)
 
     def digest(self) -> str:
         """Hex blake2b-128 of every tensor's name, type, shape and bytes."""
