@@ -9,6 +9,8 @@ import statistics
 import time
 from collections.abc import Callable
 
+os.environ.setdefault("OMP_WAIT_POLICY", "active")  # read when torch is loaded; in a model, one region has all layers
+
 import torch
 from cutaway_server.kernels.gguf_blocks import BLOCKS
 from cutaway_server.kernels.library import load_library

@@ -38,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantize", default="none")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 16, 32])
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
@@ -46,7 +47,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
-    arguments = ["--model", options.model, "--dtype", options.dtype, "--threads", str(options.threads)]
+    arguments = [
+        "--model",
+        options.model,
+        "--dtype",
+        options.dtype,
+        "--quantize",
+        options.quantize,
+        "--threads",
+        str(options.threads),
+    ]
     arguments += ["--max-context", str(options.prompt + options.output)]
     engine, facts = build_engine(read_config(arguments, {}), open_model(options.model))
     source = random.Random(0)
@@ -58,7 +68,8 @@ def main() -> None:
         decode = [streams * (options.output - 1) / b for _, b in times]
         records.append(
             {
-                "model": options.model, "dtype": facts.dtype, "kernels": facts.kernels, "streams": streams,
+                "model": options.model, "dtype": facts.dtype, "quantization": facts.quantization,
+                "kernels": facts.kernels, "streams": streams,
                 "prefill_tokens_per_second": statistics.median(prefill),
                 "decode_tokens_per_second": statistics.median(decode),
                 "decode_spread": [min(decode), max(decode)],
@@ -68,7 +79,8 @@ def main() -> None:
         print(json.dumps(records))
         return
     print(
-        f"{options.model}, {facts.dtype}, {facts.kernels} kernels, {options.threads} threads, {options.repeats} repeats"
+        f"{options.model}, {facts.dtype}, quantised: {facts.quantization}, {facts.kernels} kernels, "
+        f"{options.threads} threads, {options.repeats} repeats"
     )
     print("streams  prefill tok/s  decode tok/s  (spread)")
     for r in records:
