@@ -60,7 +60,8 @@ def main() -> int:
 def served(model: str, options: list[str]) -> Iterator[str]:
     """Start `cutaway-server`, wait until it serves, and stop it as an operator would."""
     command = Path(sys.executable).with_name("cutaway-server")
-    arguments = ["--model", model, "--listen", "127.0.0.1:0", "--log-level", "warning", *options]
+    arguments = ["--model", model, "--listen", "127.0.0.1:0", "--metrics-listen", "none", "--log-level", "warning"]
+    arguments += options
     heading(f"{command.name} {' '.join(arguments)}")
     began = time.monotonic()
     try:

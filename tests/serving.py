@@ -50,7 +50,14 @@ class LiveServer:
 @contextmanager
 def serving(model: Path, *, pace: float = 0.0, **options: Any) -> Iterator[LiveServer]:
     """Serve `model` on a port of its own, in a thread, computing in fp32 on one thread; steps take `pace` s longer."""
-    settings = {"listen": "127.0.0.1:0", "dtype": "float32", "threads": 1, "kv_cache_memory": 2**23, **options}
+    settings = {
+        "listen": "127.0.0.1:0",
+        "metrics_listen": "127.0.0.1:0",
+        "dtype": "float32",
+        "threads": 1,
+        "kv_cache_memory": 2**23,
+        **options,
+    }
     config = Config(model=str(model), **settings)
     engine, facts, text = load(config)
     step = engine.step
@@ -71,6 +78,7 @@ def serving(model: Path, *, pace: float = 0.0, **options: Any) -> Iterator[LiveS
 
         engine_thread = EngineThread(engine, server.desk.report, on_death)
         engine_thread.start()
+        server.metrics.watch(engine_thread, facts)
         await server.serve(engine_thread, facts, text)
         return server, address, engine_thread
 
@@ -91,7 +99,19 @@ def program(*arguments: str, code: str | None = None) -> Iterator[tuple[str, sub
     start = [
         *(["-c", f"{code}\nfrom cutaway_server.__main__ import main\nmain()"] if code else ["-m", "cutaway_server"])
     ]
-    command = [sys.executable, *start, "--listen", "127.0.0.1:0", "--dtype", "float32", "--threads", "1", *arguments]
+    command = [
+        sys.executable,
+        *start,
+        "--listen",
+        "127.0.0.1:0",
+        "--metrics-listen",
+        "127.0.0.1:0",
+        "--dtype",
+        "float32",
+        "--threads",
+        "1",
+        *arguments,
+    ]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
     )

@@ -13,6 +13,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
 
+from cutaway_server.cache.statistics import BlockStatistics
+
 DIGEST_SIZE = 16
 ROOT = bytes(DIGEST_SIZE)  # the parent of a first block: as long as a digest, so that no two inputs read alike
 
@@ -34,6 +36,7 @@ class BlockPool:
         self.page_size = page_size
         self.evictions = 0
         self.hits = 0
+        self.statistics = BlockStatistics(n_blocks)
         self._hasher = blake2b(digest_size=DIGEST_SIZE, key=key)
         self._references = [0] * n_blocks
         self._free = list(range(n_blocks - 1, 0, -1))
@@ -94,6 +97,7 @@ class BlockPool:
         """
         block = self._free.pop() if self._free else self._evict()
         self._references[block] = 1
+        self.statistics.took(block)
         return block
 
     def _evict(self) -> int:
@@ -102,6 +106,7 @@ class BlockPool:
         block, _ = self._evictable.popitem(last=False)
         del self._published[self._digests.pop(block)]
         self.evictions += 1
+        self.statistics.evicted(block)
         return block
 
     def share(self, block: int) -> None:
@@ -109,6 +114,7 @@ class BlockPool:
         if self._references[block] == 0:
             assert block in self._evictable, f"block {block} holds nothing to share"
             del self._evictable[block]
+            self.statistics.reused(block)
         self._references[block] += 1
 
     def release(self, block: int) -> None:
@@ -118,6 +124,7 @@ class BlockPool:
         if self._references[block] == 0:
             if block in self._digests:
                 self._evictable[block] = None
+                self.statistics.released(block)
             else:
                 self._free.append(block)
 

@@ -19,6 +19,7 @@ from cutaway_server.config import Config
 from cutaway_server.engine.batch import BatchBuilder
 from cutaway_server.engine.engine import Engine
 from cutaway_server.engine.memory import available_bytes, count_pages
+from cutaway_server.engine.observed import Observed
 from cutaway_server.engine.quantize import AS_IS, check_quantize, quantization, rounding_of
 from cutaway_server.errors import ModelError
 from cutaway_server.kernels.cpu import DTYPES as CPU_DTYPES
@@ -209,3 +210,4 @@ def warm_up(engine: Engine) -> None:
             if isinstance(event, RequestFailed):
                 raise ModelError(f"the model computes no usable logits: {event.error}")
     engine.steps = 0
+    engine.observed = Observed(engine.scheduler.max_context)

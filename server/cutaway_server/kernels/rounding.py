@@ -12,7 +12,7 @@ from cutaway_server.kernels.memory import CHUNK_BYTES, give_back
 from cutaway_server.kernels.quantized import GROUP, Integers, Kind
 
 # Of the scale at which the largest magnitude is the lowest integer, -8: less cuts it off, and rounds the others finer.
-TRIED = (1.0, 0.92, -1.0, -1.1)
+TRIED = (1.0, 0.95, 0.9, 0.85, 0.8, -1.14, -1.05, -0.95)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cutaway_server.cache.blocks import ROOT, BlockPool
+from cutaway_server.request import Request
 from cutaway_server.scheduler.sequence import Sequence
 
 
@@ -16,7 +17,7 @@ class PrefixCache:
     def find(self, sequence: Sequence) -> list[int]:
         """The published blocks that hold the sequence's first tokens."""
         found: list[int] = []
-        if self._serves(sequence):
+        if self.serves(sequence.request):
             self._hash(sequence, len(sequence.tokens) // self.pool.page_size)
             for digest in sequence.digests:
                 block = self.pool.find(digest)
@@ -28,13 +29,14 @@ class PrefixCache:
     def publish(self, sequence: Sequence, start: int) -> None:
         """Publish the blocks that the sequence has filled, from its block number `start` on."""
         full = sequence.stored // self.pool.page_size
-        if full > start and self._serves(sequence):
+        if full > start and self.serves(sequence.request):
             self._hash(sequence, full)
             for i in range(start, full):
                 self.pool.publish(sequence.blocks[i], sequence.digests[i])
 
-    def _serves(self, sequence: Sequence) -> bool:
-        return self.enabled and sequence.request.prefix_caching
+    def serves(self, request: Request) -> bool:
+        """Whether prompts of `request` are looked for, and kept."""
+        return self.enabled and request.prefix_caching
 
     def _hash(self, sequence: Sequence, full: int) -> None:
         """Extend the sequence's digests to its first `full` blocks. The tenant salts the first."""
