@@ -87,7 +87,13 @@ def main() -> None:
     engine, facts = build_engine(config, open_model(options.model))
     source = random.Random(0)
     run(engine, 2, 600, 4, source)
-    about = {"model": options.model, "dtype": facts.dtype, "kernels": facts.kernels, "options": rest}
+    about = {
+        "model": options.model,
+        "dtype": facts.dtype,
+        "quantization": facts.quantization,
+        "kernels": facts.kernels,
+        "options": rest,
+    }
     records = [
         about | measure(engine, streams, context, options, source)
         for context in options.contexts
@@ -97,7 +103,8 @@ def main() -> None:
         print(json.dumps(records))
         return
     print(
-        f"{options.model}, {facts.dtype}, {facts.kernels} kernels, {options.threads} threads, {options.repeats} repeats"
+        f"{options.model}, {facts.dtype}, quantised: {facts.quantization}, {facts.kernels} kernels, "
+        f"{options.threads} threads, {options.repeats} repeats"
     )
     print("context  streams  prefill tok/s  decode tok/s  (spread)             step ms p50 / p95")
     for r in records:

@@ -95,6 +95,9 @@ class Config(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="What to compute in; auto: bfloat16 where the machine has it."
     )
+    quantize: Literal["none", "int8", "int4", "as-is"] = Field(
+        "none", description="Round weights to 8 or 4 bits, or serve a GGUF file's quantised ones as they are."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute; auto: cuda if there is one.")
     kernels: Literal["auto", "reference", "cpu", "cuda"] = Field(
         "auto",
@@ -285,7 +288,7 @@ def _shown(value: object) -> str:
 def _kind(field: FieldInfo) -> str:
     shape = str(field.annotation)
     if "Literal" in shape:
-        return "|".join(re.findall(r"'(\w+)'", shape))
+        return "|".join(re.findall(r"'([\w-]+)'", shape))
     if "_to_bytes" in shape + str(field.metadata):
         return "BYTES"
     return next((word for kind, word in (("int", "N"), ("float", "X")) if kind in shape), "TEXT")

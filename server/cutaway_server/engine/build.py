@@ -21,13 +21,16 @@ from cutaway_server.engine.batch import BatchBuilder
 from cutaway_server.engine.engine import Engine
 from cutaway_server.engine.memory import available_bytes, count_pages
 from cutaway_server.engine.observed import Observed
+from cutaway_server.engine.quantize import AS_IS, check_quantize, quantization, rounding_of
 from cutaway_server.errors import ModelError
 from cutaway_server.kernels.cpu import DTYPES as CPU_DTYPES
 from cutaway_server.kernels.cpu import CpuKernels
+from cutaway_server.kernels.dequantise import dequantised
 from cutaway_server.kernels.interface import Kernels
 from cutaway_server.kernels.library import load_library
 from cutaway_server.kernels.reference import ReferenceKernels
-from cutaway_server.kernels.weights import Weights
+from cutaway_server.kernels.rounding import NO_ROUNDING, Rounding
+from cutaway_server.kernels.weights import Weights, served_dtype
 from cutaway_server.model.checkpoint import Checkpoint, load_weights
 from cutaway_server.model.transformer import Transformer
 from cutaway_server.request import Request, RequestFailed, SamplingOptions, SamplingParams
@@ -48,6 +51,7 @@ class EngineFacts:
     n_parameters: int
     kernels: str
     dtype: str  # as safetensors names it
+    quantization: str  # "none", "int8", "int4", "as-is: Q4_1, Q8_0"
     device: str
     max_context: int
     max_running: int
@@ -71,27 +75,29 @@ def build_engine(
     device, dtype = choose_device(config.device), choose_dtype(config.dtype, choose_device(config.device))
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     context = _context(config, checkpoint.config)
+    check_quantize(config.quantize, checkpoint, device, dtype)
     with ThreadPoolExecutor(1) as hashing:  # reads the same bytes as the loader, beside it
         digest = hashing.submit(checkpoint.reader.digest)
-        weights = load_weights(checkpoint, dtype, device, progress)
+        weights = load_weights(checkpoint, dtype, device, progress, as_is=config.quantize == AS_IS)
         model_hash = digest.result()
-    n_parameters = weights.n_parameters
+    n_parameters, quantized = weights.n_parameters, quantization(config.quantize, checkpoint, weights)
     kernels = choose_kernels(
-        config.kernels, checkpoint.config, weights, context, batch_invariant=config.batch_invariant
-    )
+        config.kernels, checkpoint.config, weights, context, dtype, rounding_of(config.quantize),
+        batch_invariant=config.batch_invariant,
+    )  # fmt: skip
     del weights  # the kernels have them now, packed or as they were
     pages = _pages(config, checkpoint.config, context, dtype, device)
     engine = _engine(config, kernels, pages, context)
     warm_up(engine)
     facts = EngineFacts(
-        checkpoint.config, model_hash, n_parameters, kernels.name, WIRE_DTYPES[dtype], device.type,
+        checkpoint.config, model_hash, n_parameters, kernels.name, WIRE_DTYPES[dtype], quantized, device.type,
         context, config.max_running, config.max_queued, config.max_batch_tokens, config.page_size, pages.n_pages - 1,
         checkpoint.eos_token_ids, checkpoint.defaults,
     )  # fmt: skip
     log.info(
-        "%s: %d parameters in %s on %s, %s kernels, %d pages of %d tokens",
-        checkpoint.config.family, facts.n_parameters, facts.dtype, facts.device, facts.kernels, facts.total_pages,
-        facts.page_size,
+        "%s: %d parameters in %s (quantised: %s) on %s, %s kernels, %d pages of %d tokens",
+        checkpoint.config.family, facts.n_parameters, facts.dtype, facts.quantization, facts.device,
+        facts.kernels, facts.total_pages, facts.page_size,
     )  # fmt: skip
     return engine, facts
 
@@ -120,14 +126,18 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def choose_kernels(
-    name: str, model: ModelConfig, weights: Weights, context: int, *, batch_invariant: bool = False
-) -> Kernels:
+    name: str, model: ModelConfig, weights: Weights, context: int, dtype: torch.dtype | None = None,
+    rounding: Rounding = NO_ROUNDING, *, batch_invariant: bool = False,
+) -> Kernels:  # fmt: skip
     """The operations asked for; auto takes the fastest that run. They take the weights over.
+
+    `dtype` is what weights that are all quantised are computed beside; `rounding` is what becomes of float ones.
 
     Raises:
         ModelError: the operations asked for cannot serve this.
     """
-    device, dtype = weights.embed.device, weights.embed.dtype
+    device, dtype = weights.device, dtype or served_dtype(weights)
+    assert dtype is not None
     if name == "cuda" and device.type != "cuda":
         raise ModelError(f"--kernels cuda: needs a CUDA device, not {device.type}")
     if device.type == "cuda" and name in ("auto", "cuda"):
@@ -139,10 +149,10 @@ def choose_kernels(
         raise ModelError(f"--kernels cpu: needs a CPU and bfloat16 or float32, not {device.type} and {dtype}")
     library = load_library() if fits and name != "reference" else None
     if library is not None:
-        return CpuKernels(model, weights, context, library, consume=True)
+        return CpuKernels(model, weights, context, library, consume=True, dtype=dtype, rounding=rounding)
     if name == "cpu":
         raise ModelError("--kernels cpu: the native library cannot be had here; the log says why")
-    return ReferenceKernels(model, weights, context)
+    return ReferenceKernels(model, dequantised(weights, dtype, rounding), context)
 
 
 def _cuda_kernels(

@@ -189,8 +189,10 @@ class GraphedTransformer(Transformer):
         super().__init__(graphs.kernels)
         self._graphs = graphs
 
-    def forward(self, batch: Batch, pages: Pages) -> Tensor:
+    def forward(self, batch: Batch, pages: Pages, before_layers: Callable[[], None] = lambda: None) -> Tensor:
         """As `Transformer.forward`, of a batch on the host; to be used before the next step is launched."""
-        if pages is self._graphs.pages and self._graphs.fits(batch):
-            return self._graphs.launch(batch).residual
-        return super().forward(batch, pages)
+        if pages is not self._graphs.pages or not self._graphs.fits(batch):
+            return super().forward(batch, pages, before_layers)
+        residual = self._graphs.launch(batch).residual
+        before_layers()
+        return residual

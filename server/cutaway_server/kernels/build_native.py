@@ -21,12 +21,15 @@ SOURCES = Path(__file__).parent / "native"
 COMMON = (
     "-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden",
 )  # fmt: skip
-AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mprefer-vector-width=512")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 X86 = {
-    "amx": (*AVX512, "-mamx-tile", "-mamx-bf16", "-DCUTAWAY_AMX"),
+    "amx": (*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8", "-DCUTAWAY_AMX"),
+    "avx512vnni": (*AVX512, "-mavx512vnni"),
     "avx512": AVX512,
     "avx512bf16": (*AVX512, "-mavx512bf16"),  # 0.7 x avx512 on the one machine measured, so never by itself
-    "avx2": ("-mavx2", "-mfma"),
+    "avxvnni": (*AVX2, "-mavxvnni"),
+    "avx2": AVX2,
 }
 
 

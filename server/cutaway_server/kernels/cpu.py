@@ -18,10 +18,13 @@ from cutaway_server.cache.pages import Pages
 from cutaway_server.kernels import attention
 from cutaway_server.kernels.batch import Batch
 from cutaway_server.kernels.library import CLayer, CMatrix, CNorm, COpenNorm, CPages, CRotations, CShape, CStep, Library
-from cutaway_server.kernels.packing import Packed, pack, pack_gated
+from cutaway_server.kernels.native_matrix import NativeMatrix
+from cutaway_server.kernels.packing import AnyPacked, pack, pack_gated
+from cutaway_server.kernels.packing_quantized import PackedStack
 from cutaway_server.kernels.plan import Plan, all_frequencies, rotations
 from cutaway_server.kernels.reference import Added, AttentionInput, MlpInput, Normed
-from cutaway_server.kernels.weights import LayerWeights, Norm, Weights
+from cutaway_server.kernels.rounding import NO_ROUNDING, Rounding
+from cutaway_server.kernels.weights import LayerWeights, Norm, Weights, embedding, served_dtype
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 QK_NORMS = ("none", "head", "full")
@@ -45,10 +48,12 @@ class CpuKernels:
 
     def __init__(
         self, config: ModelConfig, weights: Weights, context: int, library: Library, variant: str | None = None,
-        threads: int | None = None, *, consume: bool = False,
+        threads: int | None = None, *, consume: bool = False, dtype: torch.dtype | None = None,
+        rounding: Rounding = NO_ROUNDING,
     ) -> None:  # fmt: skip
         """`context` is the longest position served. By default: the fastest variant, as many threads as torch has.
 
+        `dtype` is that of float matrices and of pages, for weights that have no such matrix.
         To `consume` the weights frees each matrix once it is packed; they are of no use to anyone else afterwards.
         """
         self.config = config
@@ -57,10 +62,13 @@ class CpuKernels:
         self.frequencies = all_frequencies(config, context, torch.device("cpu"))
         self._pages = _PagesOfLayers()
         self._held: list[Tensor] = []  # what the native structs point at
-        self._dtype = weights.layers[0].qkv.dtype
+        self._matrices: list[NativeMatrix] = []
+        self._dtype = served_dtype(weights) or dtype
         assert self._dtype in DTYPES
-        self._consume = consume
-        self._unembed = pack(weights.unembed, consume=consume)
+        self._consume, self._rounding = consume, rounding
+        unembed = pack(weights.unembed, rounded=rounding.unembed, consume=consume)
+        assert not isinstance(unembed, PackedStack), "an embedding has one type"
+        self._unembed = unembed
         self._tied = weights.unembed is weights.embed
         self._embed = None if self._tied else weights.embed
         self._positions = weights.positions
@@ -94,7 +102,7 @@ class CpuKernels:
     def embed(self, plan: Plan) -> Tensor:
         """Token (and learned position) embeddings: the first residual [T, d_model]."""
         ids = plan.batch.token_ids
-        rows = self._unembed.rows(ids) if self._embed is None else F.embedding(ids, self._embed)
+        rows = self._unembed.rows(ids) if self._embed is None else embedding(ids, self._embed)
         residual = rows.float() * self.config.embed_scale
         if self._positions is not None:
             residual = residual + F.embedding(plan.batch.positions, self._positions).float()
@@ -229,12 +237,13 @@ class CpuKernels:
 
     def _layer(self, i: int, w: LayerWeights) -> CLayer:
         here = self.config.layers[i]
-        consume = self._consume
+        rounded, consume = self._rounding.layers, self._consume
+        pack_in = pack_gated if self.config.gated else pack
         matrices = (
-            pack(w.qkv, w.qkv_bias, consume=consume),
-            pack(w.attention_out, w.attention_out_bias, consume=consume),
-            (pack_gated if self.config.gated else pack)(w.mlp_in, w.mlp_in_bias, consume=consume),
-            pack(w.mlp_out, w.mlp_out_bias, consume=consume),
+            pack(w.qkv, w.qkv_bias, rounded=rounded, consume=consume),
+            pack(w.attention_out, w.attention_out_bias, rounded=rounded, consume=consume),
+            pack_in(w.mlp_in, w.mlp_in_bias, rounded=rounded, consume=consume),
+            pack(w.mlp_out, w.mlp_out_bias, rounded=rounded, consume=consume),
         )
         norms = (w.norm1, w.norm1_post, w.norm2, w.norm2_post, w.q_norm, w.k_norm)
         return CLayer(
@@ -242,11 +251,9 @@ class CpuKernels:
             0 if here.rope is None else here.rope.dims, here.rope is not None and here.rope.interleaved,
         )  # fmt: skip
 
-    def _matrix(self, packed: Packed) -> CMatrix:
-        return CMatrix(
-            self._hold(packed.data), self._hold(packed.bias), packed.columns, packed.tiles, packed.depth,
-            packed.padded_depth,
-        )  # fmt: skip
+    def _matrix(self, packed: AnyPacked) -> CMatrix:
+        self._matrices.append(NativeMatrix(packed))
+        return self._matrices[-1].struct
 
     def _norm(self, norm: Norm | None) -> CNorm:
         return CNorm() if norm is None else CNorm(self._hold(norm.gain), self._hold(norm.bias))

@@ -19,7 +19,8 @@ class CMatrix(ctypes.Structure):
 
     _fields_: ClassVar = [
         ("data", c_void_p), ("bias", c_void_p), ("columns", c_int64), ("tiles", c_int64), ("depth", c_int64),
-        ("padded_depth", c_int64),
+        ("padded_depth", c_int64), ("kind", c_int64), ("scales", c_void_p), ("parts", c_void_p), ("next", c_void_p),
+        ("own", c_int64),
     ]  # fmt: skip
 
 

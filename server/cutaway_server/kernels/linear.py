@@ -10,14 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cutaway_server.kernels.weights import Matrix
+
 
 def rows_per_tile(dtype: torch.dtype) -> int:
     """Rows of one product."""
     return 32 if dtype == torch.bfloat16 else 16
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     """X [T, in] times weight [out, in] transposed, plus bias: [T, out], in the weight's dtype (fp32 with a bias)."""
+    assert isinstance(weight, Tensor), "the reference multiplies floats"
     tile = rows_per_tile(weight.dtype)
     n_rows = x.shape[0]
     padded = -(-n_rows // tile) * tile

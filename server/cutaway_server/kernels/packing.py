@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cutaway_server.kernels.memory import CHUNK_BYTES, give_back, trim
+from cutaway_server.kernels.packing_quantized import PackedQuantized, PackedStack, pack_quantized
+from cutaway_server.kernels.quantized import Kind, Quantized
+from cutaway_server.kernels.rounding import Rounded
+
 BLOCK = 16
-CHUNK_BYTES = 2**24  # packed at once
 TILE = 32  # columns of a product's tile, and depth of a bf16 one
 
 
@@ -42,21 +43,41 @@ class Packed:
         return plain[:, : self.depth]
 
 
-def pack(weight: Tensor, bias: Tensor | None = None, *, consume: bool = False) -> Packed:
-    """Pack a matrix [columns, depth] in bf16 or fp32. To `consume` it gives its memory back, chunk by chunk."""
-    columns = len(weight)
+AnyPacked = Packed | PackedQuantized | PackedStack
+
+
+def pack(
+    weight: Tensor | Quantized, bias: Tensor | None = None, *, rounded: Kind | None = None, consume: bool = False
+) -> AnyPacked:
+    """Pack a matrix [columns, depth]: as it is, or a float one rounded to integers.
+
+    To `consume` it gives its memory back, chunk by chunk.
+    """
+    columns, depth = weight.shape
     padded_bias = None if bias is None else F.pad(bias.float(), (0, -columns % TILE))
-    return Packed(_blocks((weight,), consume), padded_bias, columns, weight.shape[1])
+    if isinstance(weight, Quantized):
+        stacked = tuple(pack_quantized((run,), None, consume=consume) for run in weight.runs())
+        return replace(stacked[0], bias=padded_bias) if len(stacked) == 1 else PackedStack(stacked, padded_bias)
+    if rounded is not None:
+        return pack_quantized((Rounded(weight, rounded),), padded_bias, consume=consume)
+    return Packed(_blocks((weight,), consume), padded_bias, columns, depth)
 
 
-def pack_gated(weight: Tensor, bias: Tensor | None = None, *, consume: bool = False) -> Packed:
+def pack_gated(
+    weight: Tensor | Quantized, bias: Tensor | None = None, *, rounded: Kind | None = None, consume: bool = False
+) -> AnyPacked:
     """Pack gate and up [2 * d_mlp, depth], in turn by blocks of 16 columns, so that a tile has both."""
-    gate, up = weight.chunk(2)
-    data = _blocks((gate, up), consume)
     together = None
     if bias is not None:
         halves = (F.pad(half.float(), (0, -len(half) % BLOCK)).view(-1, BLOCK) for half in bias.chunk(2))
         together = torch.stack(tuple(halves), 1).flatten()
+    rows = weight.shape[0]
+    if isinstance(weight, Quantized):
+        return pack_quantized((weight.cut(0, rows // 2), weight.cut(rows // 2, rows)), together, consume=consume)
+    gate, up = weight.chunk(2)
+    if rounded is not None:
+        return pack_quantized((Rounded(gate, rounded), Rounded(up, rounded)), together, consume=consume)
+    data = _blocks((gate, up), consume)
     return Packed(data, together, data.shape[0] * BLOCK, weight.shape[1])
 
 
@@ -78,22 +99,8 @@ def _blocks(parts: tuple[Tensor, ...], consume: bool) -> Tensor:
             first = start // BLOCK * len(parts) + place
             out[first : first + len(blocks) * len(parts) : len(parts)] = blocks
             if consume:
-                _give_back(some)
+                give_back(some)
     if consume:
         parts[0].untyped_storage().resize_(0)
-        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(ctypes.c_size_t(0))  # smaller matrices lie in the heap, which keeps what is freed
+        trim()
     return out
-
-
-def _give_back(rows: Tensor) -> None:
-    """Return the whole pages of memory under `rows` to the system; they are never read again.
-
-    A matrix can be most of a model (an embedding often is), and until it is packed both forms of it would be there.
-    """
-    if sys.platform != "linux":
-        return
-    start = -(-rows.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (rows.data_ptr() + rows.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start  # the system rounds it up
-    if length > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)

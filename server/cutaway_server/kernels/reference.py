@@ -18,7 +18,7 @@ from cutaway_server.kernels.batch import Batch
 from cutaway_server.kernels.linear import linear
 from cutaway_server.kernels.plan import Plan, all_frequencies, make_plan
 from cutaway_server.kernels.rope import rotate
-from cutaway_server.kernels.weights import Norm, Weights
+from cutaway_server.kernels.weights import Norm, Weights, embedding
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,10 @@ class ReferenceKernels:
     name = "reference"
 
     def __init__(self, config: ModelConfig, weights: Weights, context: int) -> None:
-        """`context` is the longest position served (NTK scaling depends on it)."""
+        """`context` is the longest position served (NTK scaling depends on it). No matrix may be quantised."""
         self.config = config
         self.weights = weights
-        self.frequencies = all_frequencies(config, context, weights.embed.device)
+        self.frequencies = all_frequencies(config, context, weights.device)
 
     def plan(self, batch: Batch) -> Plan:
         """What all layers of one step share."""
@@ -78,7 +78,7 @@ class ReferenceKernels:
 
     def embed(self, plan: Plan) -> Tensor:
         """Token (and learned position) embeddings: the first residual [T, d_model]."""
-        residual = F.embedding(plan.batch.token_ids, self.weights.embed).float() * self.config.embed_scale
+        residual = embedding(plan.batch.token_ids, self.weights.embed).float() * self.config.embed_scale
         if self.weights.positions is not None:
             residual = residual + F.embedding(plan.batch.positions, self.weights.positions).float()
         return residual

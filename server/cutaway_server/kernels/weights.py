@@ -1,7 +1,7 @@
 """The tensors of a model, as the operations take them: out-features first, query-key-value and gate-up joined.
 
-Matrices are in the served dtype, norm gains and biases in fp32. Nothing is folded or centred (gains of Gemma, stored
-as w, are here as 1 + w, which is what they multiply by).
+Matrices are in the served dtype, or quantised as the checkpoint has them; norm gains and biases are in fp32. Nothing is
+folded or centred (gains of Gemma, stored as w, are here as 1 + w, which is what they multiply by).
 """
 
 from __future__ import annotations
@@ -9,7 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from cutaway_server.kernels.quantized import Blocks, Quantized
+
+Matrix = Tensor | Quantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +30,10 @@ class Norm:
 class LayerWeights:
     """One layer. H query heads, K key/value heads, D d_head, M d_model, F d_mlp."""
 
-    qkv: Tensor  # [(H + 2K) * D, M]: W_Q, W_K, W_V one below the other
-    attention_out: Tensor  # [M, H * D]
-    mlp_in: Tensor  # [2F, M] (gate, then up) if gated, else [F, M]
-    mlp_out: Tensor  # [M, F]
+    qkv: Matrix  # [(H + 2K) * D, M]: W_Q, W_K, W_V one below the other
+    attention_out: Matrix  # [M, H * D]
+    mlp_in: Matrix  # [2F, M] (gate, then up) if gated, else [F, M]
+    mlp_out: Matrix  # [M, F]
     qkv_bias: Tensor | None = None  # fp32 [(H + 2K) * D]
     attention_out_bias: Tensor | None = None  # fp32 [M]
     mlp_in_bias: Tensor | None = None
@@ -44,37 +50,65 @@ class LayerWeights:
 class Weights:
     """The whole model."""
 
-    embed: Tensor  # [vocab, M]
+    embed: Matrix  # [vocab, M]
     layers: tuple[LayerWeights, ...]
     final_norm: Norm
-    unembed: Tensor  # [vocab, M]; the same tensor as `embed` where they are tied
+    unembed: Matrix  # [vocab, M]; the same object as `embed` where they are tied
     positions: Tensor | None = None  # [max_context, M], learned positions
 
+    def matrices(self) -> Iterator[Matrix]:
+        """Every matrix of a product, and the embedding, once."""
+        for layer in self.layers:
+            yield from (layer.qkv, layer.attention_out, layer.mlp_in, layer.mlp_out)
+        yield self.unembed
+        if self.embed is not self.unembed:
+            yield self.embed
+
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor once (tied ones are one)."""
-        seen: set[int] = set()
-        for tensor in _tensors(self):
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield tensor
+        """Every tensor once (tied ones are one), of quantised matrices their blocks."""
+        return (part if isinstance(part, Tensor) else part.raw for part in self._parts())
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.final_norm.gain.device
 
     @property
     def n_parameters(self) -> int:
         """Parameters, tied ones counted once."""
-        return sum(t.numel() for t in self.tensors())
+        return sum(p.numel() if isinstance(p, Tensor) else len(p.raw) * p.depth for p in self._parts())
 
     @property
     def n_bytes(self) -> int:
         """Bytes resident."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
+    def _parts(self) -> Iterator[Tensor | Blocks]:
+        seen: set[int] = set()
+        for part in _parts(self):
+            if id(part) not in seen:
+                seen.add(id(part))
+                yield part
 
-def _tensors(part: object) -> Iterator[Tensor]:
-    if isinstance(part, Tensor):
+
+def embedding(ids: Tensor, embed: Matrix) -> Tensor:
+    """Rows [n, M] of an embedding."""
+    return embed.rows(ids) if isinstance(embed, Quantized) else F.embedding(ids, embed)
+
+
+def served_dtype(weights: Weights) -> torch.dtype | None:
+    """The dtype of its float matrices; None if all are quantised."""
+    return next((matrix.dtype for matrix in weights.matrices() if isinstance(matrix, Tensor)), None)
+
+
+def _parts(part: object) -> Iterator[Tensor | Blocks]:
+    if isinstance(part, Tensor | Blocks):
         yield part
+    elif isinstance(part, Quantized):
+        yield from part.parts
     elif isinstance(part, tuple):
         for item in part:
-            yield from _tensors(item)
+            yield from _parts(item)
     elif isinstance(part, Weights | LayerWeights | Norm):
         for field in fields(part):
-            yield from _tensors(getattr(part, field.name))
+            yield from _parts(getattr(part, field.name))

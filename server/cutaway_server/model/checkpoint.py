@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cutaway_server.architecture import ModelConfig
 from cutaway_server.errors import ModelError
-from cutaway_server.kernels.weights import LayerWeights, Norm, Weights
+from cutaway_server.kernels.quantized import Quantized
+from cutaway_server.kernels.weights import LayerWeights, Matrix, Norm, Weights
+from cutaway_server.model.layout import Layout, Piece, TensorReader, halves_apart
+from cutaway_server.model.quantized import read_quantized
 from cutaway_server.model.shapes import Shape, part_shapes
 from cutaway_server.request import SamplingOptions
 from cutaway_server.text.tokenizer import TextModel
@@ -24,41 +26,6 @@ from cutaway_server.text.tokenizer import TextModel
 CHUNK_BYTES = 16 << 20  # fp32 values read at a time
 
 Progress = Callable[[int, int], None]  # values loaded so far, values in all
-
-
-class TensorReader(Protocol):
-    """Named tensors in memory-mapped files."""
-
-    def names(self) -> frozenset[str]:
-        """Every tensor's name."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Its shape, out-features first as torch has it."""
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of its first axis, dequantised to fp32 or as stored (F32, F16, BF16)."""
-
-    def digest(self) -> str:
-        """Hex blake2b-128 of everything that decides the weights' values (slow: reads every byte)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One tensor of the checkpoint that fills some rows of one of ours.
-
-    `transpose`: stored [in, out] (GPT-2). `add`: added in fp32 (Gemma's norms store w for 1 + w). `head_width`: rows
-    of each head of that many are stored with the two halves interleaved, as llama.cpp permutes Q and K.
-    """
-
-    name: str
-    transpose: bool = False
-    add: float = 0.0
-    head_width: int | None = None
-
-
-# Where each weight lies: "embed", "unembed" (absent: tied), "positions", "final_norm.gain", "final_norm.bias",
-# "layers.3.qkv", "layers.3.norm1.gain", ...: paths into `Weights`, each filled by pieces one below the other.
-Layout = Mapping[str, tuple[Piece, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +42,12 @@ class Checkpoint:
 
 
 def load_weights(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
-) -> Weights:
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress | None = None, *,
+    as_is: bool = False,
+) -> Weights:  # fmt: skip
     """Every weight: matrices in `dtype`, norms and biases in fp32.
+
+    `as_is` keeps matrices quantised that the checkpoint has so, in a type that is served.
 
     Raises:
         ModelError: names tensors that are missing, unexpected, of another shape, or too large for `dtype`.
@@ -92,11 +62,16 @@ def load_weights(
         if progress is not None:
             progress(done, total)
 
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Matrix] = {}
     for path, shape in shapes.items():
+        if as_is and (quantized := read_quantized(path, checkpoint.layout[path], checkpoint.reader)) is not None:
+            tensors[path] = quantized
+            advance(prod(shape))
+            continue
         kept = dtype if len(shape) > 1 else torch.float32
-        tensors[path] = torch.empty(shape, dtype=kept, device=device)
-        _fill(tensors[path], checkpoint.layout[path], checkpoint.reader, advance)
+        plain = torch.empty(shape, dtype=kept, device=device)
+        _fill(plain, checkpoint.layout[path], checkpoint.reader, advance)
+        tensors[path] = plain
     return _assemble(checkpoint.config, tensors)
 
 
@@ -146,7 +121,7 @@ def _copy(target: Tensor, piece: Piece, reader: TensorReader, advance: Callable[
         rows = reader.rows(piece.name, start, min(start + step, shape[0]))
         into = target[:, start : start + step] if piece.transpose else target[start : start + step]
         if piece.head_width is not None:
-            rows = _halves_apart(rows, piece.head_width)
+            rows = halves_apart(rows, piece.head_width)
         if piece.add:
             rows = rows.float() + piece.add
         into.copy_(rows.t() if piece.transpose else rows)
@@ -155,13 +130,7 @@ def _copy(target: Tensor, piece: Piece, reader: TensorReader, advance: Callable[
         advance(rows.numel())
 
 
-def _halves_apart(rows: Tensor, head_width: int) -> Tensor:
-    """Undo llama.cpp's permutation: in each head, row 2i goes to i and row 2i + 1 to i + head_width / 2."""
-    heads = rows.reshape(-1, head_width // 2, 2, *rows.shape[1:])
-    return heads.transpose(1, 2).reshape(rows.shape)
-
-
-def _assemble(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Weights:
+def _assemble(config: ModelConfig, tensors: Mapping[str, Matrix]) -> Weights:
     embed = _required(tensors, "embed")
     final_norm = _norm(tensors, "final_norm")
     assert final_norm is not None, "the layout has no final norm"
@@ -170,20 +139,20 @@ def _assemble(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Weights:
         layers=tuple(_layer(tensors, f"layers.{layer}") for layer in range(config.n_layers)),
         final_norm=final_norm,
         unembed=tensors.get("unembed", embed),
-        positions=_required(tensors, "positions") if config.learned_positions else None,
+        positions=_plain(tensors, "positions") if config.learned_positions else None,
     )
 
 
-def _layer(tensors: Mapping[str, Tensor], path: str) -> LayerWeights:
+def _layer(tensors: Mapping[str, Matrix], path: str) -> LayerWeights:
     return LayerWeights(
         qkv=_required(tensors, f"{path}.qkv"),
         attention_out=_required(tensors, f"{path}.attention_out"),
         mlp_in=_required(tensors, f"{path}.mlp_in"),
         mlp_out=_required(tensors, f"{path}.mlp_out"),
-        qkv_bias=tensors.get(f"{path}.qkv_bias"),
-        attention_out_bias=tensors.get(f"{path}.attention_out_bias"),
-        mlp_in_bias=tensors.get(f"{path}.mlp_in_bias"),
-        mlp_out_bias=tensors.get(f"{path}.mlp_out_bias"),
+        qkv_bias=_plain(tensors, f"{path}.qkv_bias"),
+        attention_out_bias=_plain(tensors, f"{path}.attention_out_bias"),
+        mlp_in_bias=_plain(tensors, f"{path}.mlp_in_bias"),
+        mlp_out_bias=_plain(tensors, f"{path}.mlp_out_bias"),
         norm1=_norm(tensors, f"{path}.norm1"),
         norm1_post=_norm(tensors, f"{path}.norm1_post"),
         norm2=_norm(tensors, f"{path}.norm2"),
@@ -193,11 +162,18 @@ def _layer(tensors: Mapping[str, Tensor], path: str) -> LayerWeights:
     )
 
 
-def _norm(tensors: Mapping[str, Tensor], path: str) -> Norm | None:
-    gain = tensors.get(f"{path}.gain")
-    return None if gain is None else Norm(gain, tensors.get(f"{path}.bias"))
+def _norm(tensors: Mapping[str, Matrix], path: str) -> Norm | None:
+    gain = _plain(tensors, f"{path}.gain")
+    return None if gain is None else Norm(gain, _plain(tensors, f"{path}.bias"))
 
 
-def _required(tensors: Mapping[str, Tensor], path: str) -> Tensor:
+def _plain(tensors: Mapping[str, Matrix], path: str) -> Tensor | None:
+    """What is never kept quantised."""
+    tensor = tensors.get(path)
+    assert not isinstance(tensor, Quantized), path
+    return tensor
+
+
+def _required(tensors: Mapping[str, Matrix], path: str) -> Matrix:
     assert path in tensors, f"the layout has nothing for {path}"
     return tensors[path]

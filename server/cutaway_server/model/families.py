@@ -13,8 +13,8 @@ from typing import Literal
 from cutaway_server.architecture import LayerConfig, ModelConfig, Rope
 from cutaway_server.errors import ModelError
 from cutaway_server.model import tensor_names
-from cutaway_server.model.checkpoint import Layout
 from cutaway_server.model.json_file import Fields
+from cutaway_server.model.layout import Layout
 from cutaway_server.model.rope_fields import FULL, SLIDING, read_rope, rope_parameters, rope_type, served_context
 from cutaway_server.model.tensor_names import TensorNames
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from cutaway_server.architecture import LayerConfig, ModelConfig, Rope, RopeScaling
 from cutaway_server.errors import ModelError
-from cutaway_server.model.checkpoint import TensorReader
 from cutaway_server.model.json_file import Fields
+from cutaway_server.model.layout import TensorReader
 
 ROPE_FACTORS = "rope_freqs.weight"
 

@@ -81,6 +81,17 @@ class GgufReader:
         values = _as_stored(raw, tensor) if tensor.kind in AS_STORED else _dequantised(raw, tensor)
         return values.view(stop - start, *tensor.shape[1:])
 
+    def format(self, name: str) -> str:
+        """Its type, as GGUF names it."""
+        return str(self._tensor(name).kind.name)
+
+    def blocks(self, name: str) -> Tensor:
+        """A quantised matrix's blocks as the file has them: uint8 [rows, bytes of a row]."""
+        tensor = self._tensor(name)
+        raw = np.frombuffer(self._bytes(tensor, 0, tensor.shape[0]), np.uint8)
+        # Twice: the map is read-only, and only torch's own memory can be given back.
+        return torch.from_numpy(raw.copy()).clone().view(tensor.shape[0], -1)
+
     def digest(self) -> str:
         """Hex blake2b-128 of every tensor's name, type, shape and bytes."""
         whole = hashlib.blake2b(digest_size=16)

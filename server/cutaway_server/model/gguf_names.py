@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from cutaway_server.architecture import ModelConfig
 from cutaway_server.errors import ModelError
-from cutaway_server.model.checkpoint import Layout, Piece
 from cutaway_server.model.gguf_families import ROPE_FACTORS
+from cutaway_server.model.layout import Layout, Piece
 
 IGNORED = frozenset({ROPE_FACTORS})  # read into the config
 

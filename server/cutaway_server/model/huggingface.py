@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from cutaway_server.errors import ModelError
-from cutaway_server.model.checkpoint import CHUNK_BYTES, Checkpoint, Layout, TensorReader
+from cutaway_server.model.checkpoint import CHUNK_BYTES, Checkpoint
 from cutaway_server.model.families import ignored, layout, read_config
 from cutaway_server.model.generation_config import sampling_defaults, warn_of_the_rest
 from cutaway_server.model.json_file import Fields, read_object
+from cutaway_server.model.layout import Layout, TensorReader
 from cutaway_server.model.safetensors_files import open_safetensors
 from cutaway_server.text.tokenizer import TextModel
 

@@ -66,6 +66,18 @@ class SafetensorsFiles:
         rows: Tensor = self._files[entry.path].get_slice(name)[start:stop]
         return rows
 
+    def format(self, name: str) -> str:
+        """Its dtype, as safetensors names it."""
+        return self._entries[name].dtype
+
+    def blocks(self, name: str) -> Tensor:
+        """Nothing is quantised here.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(f"{self.path(name)}: tensor {name} is {self.format(name)}, not quantised")
+
     def digest(self) -> str:
         """Hex blake2b-128 of every tensor's name, dtype, shape and bytes, however they are spread over files."""
         digest = hashlib.blake2b(digest_size=16)

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from cutaway_server.model.checkpoint import Layout, Piece
 from cutaway_server.model.json_file import Fields
+from cutaway_server.model.layout import Layout, Piece
 
 UNEMBED = "lm_head.weight"
 

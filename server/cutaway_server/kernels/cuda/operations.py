@@ -25,8 +25,9 @@ from cutaway_server.kernels.cuda.qkv import finish_qkv
 from cutaway_server.kernels.cuda.split import split_attention
 from cutaway_server.kernels.cuda.work import CudaPlan, Layout, Splits, tile_work
 from cutaway_server.kernels.plan import Plan, all_frequencies, rotations
+from cutaway_server.kernels.quantized import Quantized
 from cutaway_server.kernels.reference import Added, AttentionInput, MlpInput
-from cutaway_server.kernels.weights import Norm, Weights
+from cutaway_server.kernels.weights import Matrix, Norm, Weights, embedding, served_dtype
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -36,18 +37,17 @@ class CudaKernels:
 
     def __init__(self, config: ModelConfig, weights: Weights, context: int, *, batch_invariant: bool = False) -> None:
         """`context` is the longest position served. `batch_invariant`: a row's bits never depend on other rows."""
-        assert weights.embed.dtype in DTYPES
         self.config = config
         self.weights = weights
         self.batch_invariant = batch_invariant
         self.name = "cuda-invariant" if batch_invariant else "cuda"
-        self.dtype = weights.embed.dtype
-        self.frequencies = all_frequencies(config, context, weights.embed.device)
-        self._linear: Callable[[Tensor, Tensor], Tensor] = matmul if batch_invariant else F.linear
+        self.dtype = _dtype(weights)
+        self.frequencies = all_frequencies(config, context, weights.device)
+        self._product: Callable[[Tensor, Tensor], Tensor] = matmul if batch_invariant else F.linear
 
     def plan(self, batch: Batch) -> CudaPlan:
         """What all layers of one step share. A batch that is still on the host costs one copy and no waiting."""
-        device = self.weights.embed.device
+        device = self.weights.device
         large_tiles = not self.batch_invariant and self.dtype != torch.float32
         work, prompts = tile_work(self.config, Layout.of(batch), device, large_tiles=large_tiles)
         return self.plan_of(batch.to(device), work, prompts)
@@ -60,7 +60,7 @@ class CudaKernels:
 
     def embed(self, plan: Plan) -> Tensor:
         """Token (and learned position) embeddings: the first residual fp32 [T, d_model]."""
-        residual = F.embedding(plan.batch.token_ids, self.weights.embed).float() * self.config.embed_scale
+        residual = embedding(plan.batch.token_ids, self.weights.embed).float() * self.config.embed_scale
         if self.weights.positions is not None:
             residual = residual + F.embedding(plan.batch.positions, self.weights.positions).float()
         return residual
@@ -163,6 +163,10 @@ class CudaKernels:
             emit=self.dtype if emit else None, opened=opened,
         )  # fmt: skip
 
+    def _linear(self, x: Tensor, weight: Matrix) -> Tensor:
+        assert isinstance(weight, Tensor)
+        return self._product(x, weight)
+
     def _attend_input(self, layer: int, step: AddNorm, plan: Plan, pages: Pages) -> Tensor:
         w, rope = self.weights.layers[layer], self.config.layers[layer].rope
         turned = None if rope is None else plan.rotations[rope]
@@ -182,6 +186,14 @@ class CudaKernels:
         w, config = self.weights.layers[layer], self.config
         joined = self._linear(_emitted(step), w.mlp_in)
         return activation(joined, w.mlp_in_bias, kind=config.activation, gated=config.gated, opened=opened)
+
+
+def _dtype(weights: Weights) -> torch.dtype:
+    if any(isinstance(matrix, Quantized) for matrix in weights.matrices()):
+        raise ValueError("weights: the CUDA kernels multiply floats, not quantised matrices")
+    dtype = served_dtype(weights)
+    assert dtype in DTYPES
+    return dtype
 
 
 def _emitted(step: AddNorm) -> Tensor:

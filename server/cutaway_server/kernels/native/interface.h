@@ -1,19 +1,23 @@
 /* What Python passes: plain structs, mirrored field by field in kernels/native.py. Nothing here owns memory.
 
    Matrices are packed in blocks of 16 output columns: bf16 as [columns/16][depth/2][16][2], fp32 as [columns/16][depth][16].
-   Columns are padded to a multiple of 32 and depth of bf16 to a multiple of 32, with zeros. */
+   Columns are padded to a multiple of 32 and depth of bf16 to a multiple of 32, with zeros. Quantised ones: quantized.h. */
 #ifndef CUTAWAY_INTERFACE_H
 #define CUTAWAY_INTERFACE_H
 
 #include <stdint.h>
 
-typedef struct {
+typedef struct Matrix {
     const void *data;
     const float *bias; /* padded like the columns; null: none */
     int64_t columns;   /* as the model has them */
     int64_t tiles;     /* of 32 columns, padding included */
     int64_t depth;
     int64_t padded_depth;
+    int64_t kind; /* PLAIN, or how it is quantised: see quantized.h */
+    const void *scales, *parts;
+    const struct Matrix *next; /* of another kind, whose tiles follow after `own` tiles of this one; null: none */
+    int64_t own;
 } Matrix;
 
 typedef struct {

@@ -5,6 +5,7 @@
 #include "interface.h"
 #include "multiply.h"
 #include "norm.h"
+#include "quantized.h"
 #include "team.h"
 
 enum { ROWS_A_TASK = 128 };
@@ -76,6 +77,7 @@ static void finish(const Matrix *w, const After *after, const float *tile, int64
 typedef struct {
     void *data;
     int64_t step; /* elements from row to row */
+    int64_t kind; /* of the matrix; rows for a quantised one lie in panels */
 } Operand;
 
 static size_t element(const Shape *shape) { return shape->bf16 ? sizeof(Narrow) : sizeof(float); }
@@ -83,12 +85,17 @@ static size_t element(const Shape *shape) { return shape->bf16 ? sizeof(Narrow) 
 /* Bytes of an operand of `rows` rows, which AMX wants in whole tiles. */
 static size_t operand_bytes(const Shape *shape, const Matrix *w, int64_t rows) {
     int64_t padded = (rows + 15) / 16 * 16;
+    if (w->kind) return padded / 16 * panel_bytes(w->padded_depth);
     return (padded * w->padded_depth * element(shape) + 63) / 64 * 64;
 }
 
-static Operand new_operand(const Matrix *w, void *memory) { return (Operand){memory, w->padded_depth}; }
+static Operand new_operand(const Matrix *w, void *memory) { return (Operand){memory, w->padded_depth, w->kind}; }
 
 static void put_row(const Shape *shape, const Operand *to, int64_t r, const float *x, int64_t depth) {
+    if (to->kind) {
+        put_quantized_row(to->kind, x, depth, to->step, to->data, r);
+        return;
+    }
     if (!shape->bf16) {
         memcpy((float *)to->data + r * to->step, x, depth * sizeof(float));
         return;
@@ -110,7 +117,9 @@ static void multiply_task(
     int64_t block = w->padded_depth * 16;
     for (int64_t r = first; r < stop; r += ROWS_AT_ONCE) {
         int64_t n = stop - r < ROWS_AT_ONCE ? stop - r : ROWS_AT_ONCE;
-        if (shape->bf16)
+        if (w->kind)
+            tile_quantized(w, x->data, r, n, t, tile);
+        else if (shape->bf16)
             tile_bf16(
                 (const Narrow *)x->data + r * x->step, x->step, n, (const uint16_t *)w->data + 2 * t * block, block,
                 w->padded_depth, tile);
