@@ -306,7 +306,7 @@ def test_other_paths_are_not_found(live: LiveServer) -> None:
     with pytest.raises(urllib.error.HTTPError) as error:
         fetch(live.server.metrics.address, "/")
     with error.value as answer:
-        assert (answer.code, answer.read()) == (404, b"there are /metrics\n")
+        assert (answer.code, answer.read()) == (404, b"there are /livez, /metrics, /readyz\n")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])

@@ -18,6 +18,7 @@ from cutaway.client import HEALTH_CHECK
 from cutaway.errors import Cancelled
 from cutaway.options import GenerateOptions, TokenizeOptions
 from cutaway.results import Answer, Detokenized, Health, Model, Token, Tokenized
+from cutaway.security import File, security
 from cutaway.status import error_of
 from cutaway.transcript import Transcript
 from cutaway.v1 import inference_pb2 as pb
@@ -117,11 +118,19 @@ class AsyncClient:
     """A connection to one server, for one event loop; `async with AsyncClient(...) as client`. See `Client`."""
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, *, timeout: float | None = None, retries: int = MAX_RETRIES
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        api_key: str | None = None,
+        tls: bool | File | None = None,
+        cert: tuple[File, File] | None = None,
+        timeout: float | None = None,
+        retries: int = MAX_RETRIES,
     ) -> None:
         self.address = address
         self.timeout = timeout
         self._options = channel_options(address, retries, streams=True)
+        self._security = security(address, api_key, tls, cert)
         self._channel: grpc.aio.Channel | None = None
         self._inference: InferenceAsyncStub | None = None
         self._closed = False
@@ -129,7 +138,9 @@ class AsyncClient:
     def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> AsyncStream:
         """Stream the completions of a prompt, of `token_ids=` or of `messages=`; iterate with `async for`."""
         request = requests.generate_request(prompt, options)
-        call = self._stub().Generate(request, timeout=self._seconds(options.get("timeout")))
+        call = self._stub().Generate(
+            request, timeout=self._seconds(options.get("timeout")), metadata=self._security.metadata
+        )
         return AsyncStream(call, request.request_id, self.address)
 
     async def complete(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Answer:
@@ -189,7 +200,7 @@ class AsyncClient:
         self, method: grpc.aio.UnaryUnaryMultiCallable[Asked, Told], request: Asked, timeout: float | None
     ) -> Told:
         try:
-            return await method(request, timeout=self._seconds(timeout))
+            return await method(request, timeout=self._seconds(timeout), metadata=self._security.metadata)
         except grpc.RpcError as error:
             raise error_of(error, self.address) from error
         except asyncio.CancelledError as error:
@@ -209,5 +220,9 @@ class AsyncClient:
         if self._closed:
             raise RuntimeError("this client is closed")
         if self._channel is None:
-            self._channel = grpc.aio.insecure_channel(self.address, options=self._options)
+            proof = self._security.channel
+            if proof is None:
+                self._channel = grpc.aio.insecure_channel(self.address, options=self._options)
+            else:
+                self._channel = grpc.aio.secure_channel(self.address, proof, options=self._options)
         return self._channel

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from ipaddress import ip_address
 
 from cutaway.errors import InvalidArgument
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 MAX_RETRIES = 4  # gRPC makes at most five attempts
 LONGEST_SECONDS = 1e9  # gRPC takes infinity, and what overflows its clock, for a time that has passed
-LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
+HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^][:/,@\s]+)(:\d+)?")
 
 PAUSES = (0.1, 0.25, 0.6, 1.6)  # seconds before each retry, give or take a fifth
 
@@ -42,9 +44,22 @@ def channel_options(address: str, retries: int, *, streams: bool) -> list[tuple[
     ]
     if retries:
         options.append(("grpc.service_config", json.dumps(service_config(retries, streams=streams))))
-    if address.startswith(LOOPBACK):
+    if is_loopback(address):
         options.append(("grpc.enable_http_proxy", 0))  # http_proxy is never meant for this machine
     return options
+
+
+def is_loopback(address: str) -> bool:
+    """Whether calls to `address` stay on this machine; what is not plainly so counts as the network."""
+    if address.startswith(("unix:", "unix-abstract:")):
+        return True
+    found = HOST.fullmatch(address)
+    if found is None:
+        return False
+    try:
+        return ip_address(found["host"].strip("[]")).is_loopback
+    except ValueError:
+        return found["host"] == "localhost"
 
 
 def seconds(timeout: float | None, default: float | None) -> float | None:

@@ -17,6 +17,7 @@ from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, secon
 from cutaway.interrupt import cancelling
 from cutaway.options import GenerateOptions, TokenizeOptions
 from cutaway.results import Answer, Detokenized, Health, Model, Token, Tokenized
+from cutaway.security import File, security
 from cutaway.status import error_of
 from cutaway.transcript import Transcript
 from cutaway.v1 import inference_pb2 as pb
@@ -99,17 +100,32 @@ class Stream(Transcript):
 class Client:
     """A connection to one server: `Client("127.0.0.1:50051")`. Close it, or use it in a `with` block.
 
-    `timeout` is in seconds and holds for each call that names none; None waits for ever. `retries` is how often a
-    call is tried again while nobody answers at the address. The network is first used by the first call.
+    `api_key` says who you are; it is sent over TLS, or within this machine. `tls=True` speaks TLS and trusts the usual
+    authorities, `tls="ca.pem"` only those in that file. `cert=("cert.pem", "key.pem")` is shown to servers that ask
+    for one. `timeout` is in seconds and holds for each call that names none; None waits for ever. `retries` is how
+    often a call is tried again while nobody answers at the address. The network is first used by the first call.
     """
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, *, timeout: float | None = None, retries: int = MAX_RETRIES
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        api_key: str | None = None,
+        tls: bool | File | None = None,
+        cert: tuple[File, File] | None = None,
+        timeout: float | None = None,
+        retries: int = MAX_RETRIES,
     ) -> None:
         self.address = address
         self.timeout = timeout
         self._retries = retries
-        self._channel = grpc.insecure_channel(address, options=channel_options(address, retries, streams=False))
+        proof = security(address, api_key, tls, cert)
+        self._metadata = proof.metadata
+        options = channel_options(address, retries, streams=False)
+        if proof.channel is None:
+            self._channel = grpc.insecure_channel(address, options=options)
+        else:
+            self._channel = grpc.secure_channel(address, proof.channel, options=options)
         self._stub = InferenceStub(self._channel)
         self._closed = False
 
@@ -174,13 +190,13 @@ class Client:
     def _ask(self, method: grpc.UnaryUnaryMultiCallable[Asked, Told], request: Asked, timeout: float | None) -> Told:
         self._check_open()
         try:
-            return method(request, timeout=self._seconds(timeout))
+            return method(request, timeout=self._seconds(timeout), metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error, self.address) from error
 
     def _begin(self, request: pb.GenerateRequest, timeout: float | None) -> Call:
         self._check_open()
-        return self._stub.Generate(request, timeout=timeout)
+        return self._stub.Generate(request, timeout=timeout, metadata=self._metadata)
 
     def _seconds(self, timeout: float | None) -> float | None:
         return seconds(timeout, self.timeout)

@@ -37,15 +37,20 @@ def main() -> None:
     """
     try:
         from cutaway_server.config import ConfigError, read_config
+        from cutaway_server.exposure import check_exposure
+        from cutaway_server.service.logs import start_logging
     except ModuleNotFoundError as error:  # the client alone is installed, and this command with it
         _refuse(f"{error.name} is missing: install the server with `pip install 'cutaway[server]'`")
+    if sys.argv[1:2] == ["keys"]:
+        from cutaway_server.service.keys import keys
+
+        keys(sys.argv[2:], "cutaway-server keys")  # exits
     try:
         config = read_config(sys.argv[1:], os.environ)
+        check_exposure(config)
     except ConfigError as error:
         _refuse(error)
-    logging.basicConfig(
-        level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    start_logging(config)
     # Read when torch is loaded. Threads that wait for each other must not spin: where anything else wants a core (the
     # event loop does), a spinning thread keeps the one it waits for from running, and a step takes 20 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -53,11 +58,14 @@ def main() -> None:
     # tokenised beside it: Python's own 5 ms stop everybody's tokens for 0.7 s.
     sys.setswitchinterval(SWITCH_SECONDS)
     from cutaway_server.errors import ModelError
+    from cutaway_server.service.audit import AuditError
+    from cutaway_server.service.credentials import CredentialsError
     from cutaway_server.service.server import ListenError
+    from cutaway_server.service.tls import CertificateError
 
     try:
         code = asyncio.run(serve(config))
-    except (ModelError, ListenError) as error:
+    except (ModelError, ListenError, CredentialsError, CertificateError, AuditError) as error:
         _refuse(error)
     sys.exit(code)
 
@@ -75,6 +83,8 @@ async def serve(config: Config) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, loading.stop, SIGNALLED + number)
     server = Server(config)
+    if config.api_keys is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.reload)
     address = await server.listen()
     try:
         engine, facts, text = await loading.ended(asyncio.to_thread(load, config))

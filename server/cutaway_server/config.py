@@ -20,7 +20,9 @@ from pydantic_core import PydanticUndefined
 
 ENVIRONMENT = "CUTAWAY_"
 # Not options: the client's, the model cache's, and what Kubernetes sets beside a service named "cutaway".
-OTHERS = re.compile(r"CUTAWAY_(ADDRESS|CACHE|CONFIG)|CUTAWAY_(\w+_)?(SERVICE_HOST|SERVICE_PORT\w*|PORT(_\d+_\w+)?)")
+OTHERS = re.compile(
+    r"CUTAWAY_(ADDRESS|API_KEY|TLS|TLS_CA|CERT|CERT_KEY|CACHE|CONFIG)|CUTAWAY_(\w+_)?(SERVICE_HOST|SERVICE_PORT\w*|PORT(_\d+_\w+)?)"
+)
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 ADDRESS = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\[\]\s/]+):(?P<port>\d{1,5})")
 
@@ -62,6 +64,8 @@ Context = Annotated[int, Field(ge=1, le=2**27)]
 Rows = Annotated[int, Field(ge=1, le=65_536)]
 Slots = Annotated[int, Field(ge=1, le=4096)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
+FileName = Annotated[str, Field(min_length=1)]
+LONGEST_AGE = 2_000_000  # seconds; gRPC counts milliseconds in 32 bits
 
 
 class Config(BaseModel):
@@ -73,6 +77,20 @@ class Config(BaseModel):
     served_name: str | None = Field(None, min_length=1, description="Name told to clients. Default: --model.")
     listen: Annotated[str, BeforeValidator(_check_listen)] = Field(
         "127.0.0.1:50051", description="HOST:PORT to serve on; port 0 picks one."
+    )
+    insecure_listen: bool = Field(
+        False, description="Let --listen be reached from other machines without TLS or without API keys."
+    )
+    tls_cert: FileName | None = Field(None, description="File of the certificate chain, PEM; read again on change.")
+    tls_key: FileName | None = Field(None, description="File of the certificate's private key, PEM.")
+    tls_client_ca: FileName | None = Field(
+        None, description="File of the authority, PEM, that has signed the certificates clients must show."
+    )
+    api_keys: FileName | None = Field(
+        None, description="File of API keys (hashed) and certificate names, and what each may do; reread on SIGHUP."
+    )
+    health_listen: Annotated[str | None, BeforeValidator(_check_optional_listen)] = Field(
+        None, description="HOST:PORT that serves grpc.health.v1 alone, in plain text, for probes."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="What to compute in; auto: bfloat16 where the machine has it."
@@ -102,6 +120,11 @@ class Config(BaseModel):
         30.0, ge=0, le=86400, description="Seconds that running requests may go on after SIGTERM."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged, on stderr.")
+    log_format: Literal["text", "json"] = Field("text", description="How; json: an object a line, with request ids.")
+    log_prompts: bool = Field(False, description="Also log what is asked: the text of every prompt.")
+    audit_log: FileName | None = Field(
+        None, description="File to append a line of JSON to for every call: who did what, and never its text."
+    )
     max_message_bytes: Annotated[Bytes, Field(ge=1024, le=2**30)] = Field(
         4 * 2**20, description="Bytes of one message from a client, at most."
     )
@@ -110,6 +133,14 @@ class Config(BaseModel):
     )
     max_backlog: Annotated[Bytes, Field(ge=2**16)] = Field(
         32 * 2**20, description="Bytes held for a reader that does not read; over it that request ends."
+    )
+    max_streams: Count = Field(1024, description="Calls open on one connection, at most.")
+    max_connections: Count = Field(1024, description="Connections open at the same time, at most.")
+    max_connection_age: Annotated[float, Field(ge=1, le=LONGEST_AGE)] | None = Field(
+        None, description="Seconds after which clients are asked to connect anew, give or take a tenth."
+    )
+    max_connection_age_grace: Annotated[float, Field(ge=0, le=LONGEST_AGE)] | None = Field(
+        None, description="Seconds that calls on such a connection may still take. Default: until they end."
     )
     metrics_listen: Annotated[str | None, BeforeValidator(_check_optional_listen)] = Field(
         "127.0.0.1:9464", description="HOST:PORT of /metrics for Prometheus; port 0 picks one, none serves none."
@@ -214,7 +245,8 @@ def _command() -> click.Command:
             params=[config, *(_click_option(name, field) for name, field in Config.model_fields.items())],
             callback=lambda **given: given,
             context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
-            help="Serve a language model over gRPC.\n\nEvery option may also stand in the environment "
+            help="Serve a language model over gRPC. `cutaway-server keys` makes API keys.\n\n"
+            "Every option may also stand in the environment "
             "(--max-running as CUTAWAY_MAX_RUNNING) and in the TOML file (max-running = 64); the command line "
             "goes first, then the environment. Bytes take units: 512MB, 2GiB.",
         )

@@ -9,9 +9,8 @@ import os
 
 import click
 
-from cutaway.channel import DEFAULT_ADDRESS
 from cutaway.cli.chat import chat
-from cutaway.cli.connection import ADDRESS, remember_address
+from cutaway.cli.connection import first_connection_options
 from cutaway.cli.generate import generate
 from cutaway.cli.model import model
 from cutaway.cli.tokenize import tokenize
@@ -35,18 +34,7 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option(
-    "--address",
-    metavar="HOST:PORT",
-    envvar=ADDRESS,
-    show_envvar=True,
-    default=DEFAULT_ADDRESS,
-    show_default=True,
-    expose_value=False,
-    callback=remember_address,
-    is_eager=True,
-    help="Where the server listens.",
-)
+@first_connection_options
 @click.version_option(package_name="cutaway")
 @click.pass_context
 def main(ctx: click.Context) -> None:

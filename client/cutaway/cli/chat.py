@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cutaway.cli.connection import address_option, connect
+from cutaway.cli.connection import connect, connection_options
 from cutaway.cli.options import given, sampling_options, timeout_option
 from cutaway.cli.screen import figures, write
 from cutaway.errors import CutawayError
@@ -26,7 +26,7 @@ PROMPT = "\001\033[1;36m\002you>\001\033[0m\002 "
 @click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
 @sampling_options
 @timeout_option
-@address_option
+@connection_options
 def chat(system: str | None, timeout: float | None, **options: object) -> None:
     """Talk to the model; it remembers the conversation.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cutaway.cli.connection import address_option, connect
+from cutaway.cli.connection import connect, connection_options
 from cutaway.cli.options import given, output_options, sampling_options, timeout_option, token_ids
 from cutaway.cli.screen import figures, harmless, spinner, write
 from cutaway.options import Message
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @sampling_options
 @output_options
 @timeout_option
-@address_option
+@connection_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--stream", is_flag=True, help="With --json: a line per token, then a line for the end.")
 def generate(

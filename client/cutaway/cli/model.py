@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cutaway.cli.connection import address_option, connect
+from cutaway.cli.connection import connect, connection_options
 from cutaway.cli.generate import print_json
 from cutaway.cli.options import timeout_option
 from cutaway.cli.screen import harmless
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @timeout_option
-@address_option
+@connection_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def model(timeout: float | None, as_json: bool) -> None:
     """Show what is served: the network, the limits, the defaults."""

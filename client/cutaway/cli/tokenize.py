@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cutaway.cli.connection import address_option, connect
+from cutaway.cli.connection import connect, connection_options
 from cutaway.cli.generate import conversation, print_json, read
 from cutaway.cli.options import flag, timeout_option
 from cutaway.cli.screen import harmless
@@ -27,7 +27,7 @@ COLOURS = ("blue", "magenta", "green", "red", "cyan")
 @flag("parse-special-tokens", "Read special tokens in TEXT as tokens.")
 @flag("add-special-tokens", "Add the tokens the model expects around TEXT.")
 @timeout_option
-@address_option
+@connection_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def tokenize(
     text: str | None,

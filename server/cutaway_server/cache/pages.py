@@ -5,16 +5,15 @@ They are stored in the model's dtype, or as int8 with one fp32 scale for each ve
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cutaway_server.architecture import ModelConfig
-
-LINE = 64  # bytes: rows of a page start where a line of the processor's cache does
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +92,11 @@ def _read(stored: Tensor, scales: Tensor | None, index: object) -> Tensor:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on a CPU the system commits their memory page by page, when first written, but torch.zeros writes it."""
+    """Zeros; on a CPU the system commits their memory when it is first written, where torch.zeros writes all of it."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    n = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(n + LINE, dtype=np.uint8)
-    start = -memory.ctypes.data % LINE
-    return torch.from_numpy(memory[start : start + n]).view(dtype).view(shape)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)  # the cache is read in small pieces all over: each would miss the TLB
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

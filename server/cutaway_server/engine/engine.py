@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from cutaway_server.cache.pages import Pages
 from cutaway_server.engine.batch import BatchBuilder
-from cutaway_server.engine.observed import FORWARD, PREPARE, SAMPLE, SCHEDULE, Observed
+from cutaway_server.engine.observed import FORWARD, PREPARE, REPORT, SAMPLE, SCHEDULE, Observed
 from cutaway_server.engine.requests import Completion, LiveRequest
 from cutaway_server.engine.scoring import score
 from cutaway_server.errors import CutawayError, DeadlineExceeded, EngineFailed
@@ -31,7 +31,7 @@ from cutaway_server.request import (
     SamplingParams,
     Started,
 )  # fmt: skip
-from cutaway_server.sampler import SampledBatch, SamplerState, build_batch, sample
+from cutaway_server.sampler import BatchMaker, SampledBatch, SamplerState, sample
 from cutaway_server.scheduler import Schedule, Scheduler, Work
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,8 @@ class Engine:
         self.pages = pages
         self.scheduler = scheduler
         self.builder = builder
+        self._batches = BatchMaker(model.config.d_vocab, builder.device)
+        self.before_compute: Callable[[], None] = lambda: None  # called when a step is laid out, before it is computed
         self.live: dict[str, LiveRequest] = {}
         self.steps = 0
         self.observed = Observed(scheduler.max_context)
@@ -94,20 +96,35 @@ class Engine:
         if not schedule.work:
             return events
         self.steps += 1
+        wanted = [_wanted(work) for work in schedule.work]
         self.observed.mark(SCHEDULE)
-        residual, rows = self._compute(schedule)
+        residual = self._compute(schedule, wanted)
         self.scheduler.complete(schedule)
         draws: list[Draw] = []
-        for work, first_row, wanted in rows:
+        for work, count, end in zip(schedule.work, wanted, accumulate(wanted), strict=True):
             try:
-                events += self._prompt_done(work, residual[first_row : first_row + len(wanted)], wanted)
-                draws += self._draws(work, first_row + len(wanted) - 1)
+                if work.start < work.sequence.prompt_length:
+                    events += self._prompt_done(work, residual[end - count : end])
+                draws += self._draws(work, end - 1)
             except Exception as error:
                 events += self.fail(work.sequence.request.request_id, error)
         events += self._sample(draws, residual)
         self.observed.mark(SAMPLE)
         self.observed.step(schedule)
         return events
+
+    def _compute(self, schedule: Schedule, wanted: list[int]) -> torch.Tensor:
+        """The last residuals of the wanted rows, so many at the end of each work, one after the other."""
+        if schedule.copies:
+            source, target = torch.tensor(schedule.copies, device=self.builder.device).unbind(1)
+            self.pages.copy(source, target)
+        batch = self.builder.build(schedule.work, wanted)
+        self.observed.mark(PREPARE)
+        self.before_compute()
+        self.observed.mark(REPORT)
+        residual = self.model.forward(batch, self.pages)
+        self.observed.mark(FORWARD)
+        return residual
 
     def _refused(self, schedule: Schedule) -> Iterator[tuple[str, Event]]:
         for sequence in schedule.expired:
@@ -125,29 +142,14 @@ class Engine:
             self.live[sequence.request.request_id].preemptions += 1
             self.observed.preemptions += 1
 
-    def _compute(self, schedule: Schedule) -> tuple[torch.Tensor, list[tuple[Work, int, NDArray[np.int64]]]]:
-        """The last residuals of the wanted rows, and where each work's are: (work, first, its own wanted rows)."""
-        if schedule.copies:
-            source, target = torch.tensor(schedule.copies, device=self.builder.device).unbind(1)
-            self.pages.copy(source, target)
-        wanted = [_wanted(work) for work in schedule.work]
-        batch = self.builder.build(schedule.work, wanted)
-        self.observed.mark(PREPARE)
-        residual = self.model.forward(batch, self.pages)
-        self.observed.mark(FORWARD)
-        firsts = np.cumsum([0, *(len(rows) for rows in wanted)])
-        return residual, list(zip(schedule.work, firsts.tolist(), wanted, strict=False))
-
-    def _prompt_done(
-        self, work: Work, residual: torch.Tensor, wanted: NDArray[np.int64]
-    ) -> Iterator[tuple[str, Event]]:
+    def _prompt_done(self, work: Work, residual: torch.Tensor) -> Iterator[tuple[str, Event]]:
         """Score the prompt where that is asked, and end requests that want nothing else."""
         sequence = work.sequence
         live = self.live.get(sequence.request.request_id)
-        if live is None or work.start >= sequence.prompt_length:
+        if live is None:
             return
         if sequence.request.sampling.prompt_logprobs is not None:
-            for scored in score(self.model, sequence, work.start + wanted, residual):
+            for scored in score(self.model, sequence, np.arange(work.stop - len(residual), work.stop), residual):
                 yield sequence.request.request_id, scored
         if sequence.request.sampling.max_tokens == 0 and work.stop == sequence.prompt_length:
             for index in sorted(live.open):
@@ -198,11 +200,12 @@ class Engine:
 
     def _draw(self, draws: Items[Draw], residual: torch.Tensor) -> list[tuple[int, bool, Logprobs | None]]:
         """A token for each draw, whether it is valid, and its log-probabilities."""
-        rows = torch.tensor([draw.row for draw in draws], device=residual.device)
-        logits = self.model.logits(residual[rows])
+        rows = [draw.row for draw in draws]
+        if rows != list(range(len(residual))):
+            residual = residual[torch.tensor(rows, device=residual.device)]
         states = [draw.completion.sampler for draw in draws]
         positions = [len(draw.completion.sequence.tokens) for draw in draws]
-        return list(_to_host(sample(logits, build_batch(states, positions, logits.shape[1], logits.device))))
+        return list(_to_host(sample(self.model.logits(residual), self._batches.make(states, positions))))
 
     def _advance(self, draw: Draw, token: int, logprobs: Logprobs | None) -> Iterator[tuple[str, Event]]:
         """Take a drawn token into its completion, and end that if it is the last."""
@@ -254,14 +257,14 @@ class Engine:
             self.scheduler.finish(completion.sequence)
 
 
-def _wanted(work: Work) -> NDArray[np.int64]:
-    """The rows of a work, counted from its first, whose last residual is needed."""
-    sequence, n = work.sequence, work.stop - work.start
+def _wanted(work: Work) -> int:
+    """How many rows at the end of a work have a last residual that is needed."""
+    sequence = work.sequence
     if sequence.request.sampling.prompt_logprobs is not None:
         first = max(work.start, sequence.scored)  # what was scored before a preemption is not told again
         if first < min(work.stop, sequence.prompt_length - 1):
-            return np.arange(first - work.start, n)
-    return np.arange(n - 1, n) if work.samples else np.arange(0)
+            return work.stop - first
+    return 1 if work.samples else 0
 
 
 def _to_host(sampled: SampledBatch) -> Iterator[tuple[int, bool, Logprobs | None]]:

@@ -127,15 +127,17 @@ class Scheduler:
         draft = Draft(self.max_batch_tokens)
         self._expire(now, draft)
         self._reserve(draft)
-        prompts = [sequence for sequence in self.running if sequence.pending > 1]
+        prompts = []
         for sequence in self.running:
-            if sequence.pending <= 1:
+            if sequence.pending > 1:
+                prompts.append(sequence)
+            else:
                 draft.give_rows(sequence)
         kept = min(prompts[0].pending, draft.budget - draft.budget // YOUNGER_SHARE) if prompts else 0
         draft.budget -= kept
         for sequence in prompts[1:]:
             draft.give_rows(sequence)
-        if not draft.preempted:
+        if self.waiting and not draft.preempted:
             self._admit(draft)
         draft.budget += kept
         for sequence in prompts[:1]:
@@ -149,11 +151,12 @@ class Scheduler:
             if sequence.finished:
                 continue
             assert sequence.next == work.start, "a schedule is completed once, before the next is made"
-            full = sequence.stored // self.pool.page_size
             sequence.next = work.stop
-            sequence.stored = max(sequence.stored, work.stop)
-            sequence.scored = max(sequence.scored, min(work.stop, sequence.prompt_length))
-            self._prefix.publish(sequence, full)
+            if work.start < sequence.prompt_length:
+                sequence.scored = max(sequence.scored, min(work.stop, sequence.prompt_length))
+            if work.stop > work.stored:
+                sequence.stored = work.stop
+                self._prefix.publish(sequence, work.stored // self.pool.page_size)
 
     def append(self, sequence: Sequence, token: int) -> None:
         """Commit a sampled token, to be computed next."""
@@ -222,7 +225,9 @@ class Scheduler:
         turn = 0
         while turn < len(self.running):
             sequence = self.running[turn]
-            if self._make_room(sequence, draft):
+            if not self._missing(sequence):
+                turn += 1
+            elif self._make_room(sequence, draft):
                 self._grow(sequence, draft)
                 turn += 1
 
@@ -243,8 +248,9 @@ class Scheduler:
         return True
 
     def _missing(self, sequence: Sequence) -> int:
+        """Blocks to take before its next rows are stored."""
         grown = self._pages(len(sequence.tokens)) - len(sequence.blocks)
-        return grown + 1 if self._writes_shared(sequence) else grown
+        return grown + 1 if sequence.request.sampling.n > 1 and self._writes_shared(sequence) else grown
 
     def _writes_shared(self, sequence: Sequence) -> bool:
         """Whether the block of the next position to store is someone else's too: only forks share a partial block."""
@@ -256,7 +262,7 @@ class Scheduler:
         if self._writes_shared(sequence):
             tail = sequence.stored // self.pool.page_size
             shared, own = sequence.blocks[tail], self.pool.take()
-            sequence.blocks[tail] = own
+            sequence.blocks = [*sequence.blocks[:tail], own, *sequence.blocks[tail + 1 :]]
             self.pool.release(shared)
             draft.copies.append((shared, own))
         for _ in range(self._pages(len(sequence.tokens)) - len(sequence.blocks)):

@@ -38,8 +38,15 @@ class Limits:
     max_backlog: int
 
 
-def ask(message: v1.GenerateRequest, model: TextModel, limits: Limits, arrival: float, deadline: float | None) -> Asked:
-    """Check and tokenise a request. Times are seconds of time.monotonic().
+def ask(
+    message: v1.GenerateRequest,
+    model: TextModel,
+    limits: Limits,
+    arrival: float,
+    deadline: float | None,
+    tenant: str = "",
+) -> Asked:
+    """Check and tokenise a request of `tenant`. Times are seconds of time.monotonic().
 
     Raises:
         InvalidField: names the field, the value and the rule.
@@ -54,6 +61,7 @@ def ask(message: v1.GenerateRequest, model: TextModel, limits: Limits, arrival: 
         _sampling(options, model, limits.facts, len(prompt)),
         arrival,
         deadline,
+        tenant,
         prefix_caching=is_set(message, "prefix_caching", default=True),
     )
     return _asked(request, model, limits, skip=is_set(message, "skip_special_tokens", default=True), echo=message.echo)

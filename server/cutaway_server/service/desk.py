@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 from cutaway_server.errors import AlreadyExists, Draining, EngineFailed, NotFound
@@ -28,7 +29,8 @@ class Backend(Protocol):
 class Desk:
     """Routes events to replies. All but `report` belongs to the event loop.
 
-    A request keeps its name until the engine has ended it, so that no late event reaches a later request.
+    A request keeps its name until the engine has ended it, so that no late event reaches a later request. Names are
+    a tenant's own: the engine knows a request by both, so that nobody meets another tenant's.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -59,8 +61,8 @@ class Desk:
         Raises:
             Draining, EngineFailed, AlreadyExists, QueueFull, InvalidField: it is not taken.
         """
-        reply = self._open(request, make)
-        name, sampling = request.request_id, request.sampling
+        name, sampling = _full_name(request.tenant, request.request_id), request.sampling
+        reply = self._open(name, request, make)
         log.info("request %s: %d prompt tokens, n=%d", name, len(request.prompt), sampling.n)
         try:
             yield reply
@@ -73,26 +75,28 @@ class Desk:
                 reply.leave()
                 self._engine.abort(name)
 
-    def _open(self, request: Request, make: Callable[[Callable[[int], None]], Reply]) -> Reply:
-        name = request.request_id
+    def _open(self, name: str, request: Request, make: Callable[[Callable[[int], None]], Reply]) -> Reply:
         self.admit()
         if name in self._replies:
-            raise AlreadyExists(f"request_id: {name!r} is already running")
+            raise AlreadyExists(f"request_id: {request.request_id!r} is already running")
         reply = make(lambda index: self._abort_completion(name, index))
-        self._engine.submit(request)  # its events come through the loop: not before this function is over
+        self._engine.submit(
+            replace(request, request_id=name)
+        )  # its events come through the loop: not before this function is over
         self._replies[name] = reply
         self._streams.add(reply)
         self._quiet.clear()
         return reply
 
-    def abort(self, name: str) -> None:
-        """End a queued or running request.
+    def abort(self, request_id: str, tenant: str = "") -> None:
+        """End a queued or running request of `tenant`.
 
         Raises:
-            NotFound: there is none of that name.
+            NotFound: it has none of that name.
         """
-        if name not in self._replies or not self._engine.abort(name):
-            raise NotFound(f"request_id: no request {name!r} is queued or running")
+        name = _full_name(tenant, request_id)
+        if "/" in request_id or name not in self._replies or not self._engine.abort(name):
+            raise NotFound(f"request_id: no request {request_id!r} is queued or running")
 
     def admit(self) -> None:
         """Check that new requests are taken.
@@ -149,3 +153,7 @@ class Desk:
             reply.fail(EngineFailed("this request's events could not be put into messages"))
         if reply.failed and name in self._replies:  # what nobody will read need not be computed
             self._engine.abort(name)
+
+
+def _full_name(tenant: str, request_id: str) -> str:
+    return f"{tenant}/{request_id}" if tenant else request_id  # neither has a slash

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from cutaway.v1.inference_pb2_grpc import InferenceServicer
 from cutaway_server.config import Config
 from cutaway_server.engine.build import EngineFacts
 from cutaway_server.service.asking import Limits, ask
+from cutaway_server.service.caller import current
 from cutaway_server.service.describing import describe
 from cutaway_server.service.desk import Desk
 from cutaway_server.service.reply import Reply
@@ -20,6 +22,10 @@ from cutaway_server.service.status import Context, Loading
 from cutaway_server.service.texts import detokenize, tokenize
 from cutaway_server.service.workers import Workers
 from cutaway_server.text.tokenizer import TextModel
+
+log = logging.getLogger(__name__)
+
+MAX_NAME = 128  # characters of a request's name, for logs
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,7 @@ class Inference(InferenceServicer):
         self._workers = workers
         self._max_backlog = config.max_backlog
         self._max_prompt_bytes = config.max_prompt_bytes
+        self._log_prompts = config.log_prompts
 
     # Writing to the context, rather than yielding, lets a cancelled call clean up at once.
     async def Generate(self, request: v1.GenerateRequest, context: Context) -> None:  # type: ignore[override]
@@ -49,7 +56,13 @@ class Inference(InferenceServicer):
         arrival, remaining = time.monotonic(), context.time_remaining()
         deadline = None if remaining is None else arrival + remaining
         limits = Limits(served.facts, self._max_prompt_bytes, self._max_backlog)
-        asked = await self._workers.run(partial(ask, request, served.text, limits, arrival, deadline))
+        call = current()
+        asked = await self._workers.run(
+            partial(ask, request, served.text, limits, arrival, deadline, call.caller.tenant)
+        )
+        call.request_id = asked.request.request_id
+        if self._log_prompts:
+            log.info("request %s: prompt %r", call.request_id, served.text.decode(asked.request.prompt))
         facts = v1.Started(model_hash=served.facts.model_hash, kernels=served.facts.kernels, dtype=served.facts.dtype)
         make = partial(Reply, asked, facts, self._max_backlog)
         with self._desk.stream(asked.request, make) as reply:
@@ -60,7 +73,9 @@ class Inference(InferenceServicer):
     async def Abort(self, request: v1.AbortRequest, context: Context) -> v1.AbortResponse:
         """End a queued or running request."""
         self._ready()
-        self._desk.abort(request.request_id)
+        call = current()
+        call.request_id = request.request_id[:MAX_NAME]
+        self._desk.abort(request.request_id, call.caller.tenant)
         return v1.AbortResponse()
 
     async def Tokenize(self, request: v1.TokenizeRequest, context: Context) -> v1.TokenizeResponse:

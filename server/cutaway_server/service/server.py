@@ -16,12 +16,18 @@ from grpc_reflection.v1alpha import reflection_pb2
 from cutaway_server.config import Config
 from cutaway_server.engine.build import EngineFacts
 from cutaway_server.errors import Draining, EngineFailed
+from cutaway_server.service import bounds
+from cutaway_server.service.access import Gate
+from cutaway_server.service.audit import AuditLog
+from cutaway_server.service.credentials import CredentialStore
 from cutaway_server.service.desk import Backend, Desk
 from cutaway_server.service.health import Health, first_of
 from cutaway_server.service.inference import Inference, Served
 from cutaway_server.service.methods import methods_of
 from cutaway_server.service.metrics import Metrics
+from cutaway_server.service.probes import probes
 from cutaway_server.service.reflection import Reflection
+from cutaway_server.service.tls import Certificates
 from cutaway_server.service.workers import Workers
 from cutaway_server.text.tokenizer import TextModel
 
@@ -30,6 +36,7 @@ log = logging.getLogger(__name__)
 INFERENCE = v1.DESCRIPTOR.services_by_name["Inference"]
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
+SERVICES = (INFERENCE, HEALTH, REFLECTION)
 FAREWELL_SECONDS = 2.0  # for the last messages of streams that are over
 
 
@@ -41,16 +48,30 @@ class Server:
     """The service's parts, put together. Belongs to the event loop it is made on."""
 
     def __init__(self, config: Config) -> None:
+        """Read the credentials and certificates.
+
+        Raises:
+            CredentialsError, CertificateError, AuditError: a file is missing or wrong.
+        """
         self._config = config
         self._workers = Workers(config.tokenizer_threads, config.max_running + config.max_queued)
         self.desk = Desk(asyncio.get_running_loop())
         self._inference = Inference(self.desk, self._workers, config)
         self._health = Health(("", INFERENCE.full_name))
         self.metrics = Metrics(config)
-        self._grpc = grpc.aio.server(interceptors=[self.metrics.calls], options=_options(config))
-        reflection = Reflection(service.full_name for service in (INFERENCE, HEALTH, REFLECTION))
-        parts = ((INFERENCE, self._inference), (HEALTH, self._health), (REFLECTION, reflection))
+        self._credentials = CredentialStore(config.api_keys) if config.api_keys is not None else None
+        self._tls = _tls(config)
+        self._audit = AuditLog(config.audit_log) if config.audit_log is not None else None
+        self._grpc = grpc.aio.server(
+            interceptors=[self.metrics.calls, Gate(self._credentials, self._audit)],
+            options=bounds.options(config),
+            maximum_concurrent_rpcs=bounds.most_calls(config),
+        )
+        reflection = Reflection(service.full_name for service in SERVICES)
+        parts = zip(SERVICES, (self._inference, self._health, reflection), strict=True)
         self._grpc.add_generic_rpc_handlers([methods_of(service, part) for service, part in parts])
+        self._probed: grpc.aio.Server | None = None
+        self.health_address: str | None = None  # of --health-listen, with the port that was picked
 
     async def listen(self) -> str:
         """Take the port and answer, NOT_SERVING for now. The address, with the port that was picked.
@@ -61,12 +82,21 @@ class Server:
         host, _, port = self._config.listen.rpartition(":")
         with _listening("--listen", self._config.listen):
             _try(host, int(port))
-            bound = self._grpc.add_insecure_port(self._config.listen)
+            if self._tls is None:
+                bound = self._grpc.add_insecure_port(self._config.listen)
+            else:
+                bound = self._grpc.add_secure_port(self._config.listen, self._tls.credentials())
         with _listening("--metrics-listen", self._config.metrics_listen):
-            self.metrics.listen()
+            self.metrics.listen(probes(asyncio.get_running_loop(), lambda: self.metrics.service.ready))
         await self._health.tell(serving=False)
+        await self._listen_for_probes()
         await self._grpc.start()
         return f"{host}:{bound}"
+
+    def reload(self) -> None:
+        """Read the credentials again; calls in progress go on."""
+        if self._credentials is not None:
+            self._credentials.reload()
 
     async def serve(self, backend: Backend, facts: EngineFacts, text: TextModel) -> None:
         """Take requests from now on."""
@@ -90,8 +120,25 @@ class Server:
         """Close: calls that are over get a moment to say so."""
         self._health.end_watches()
         await self._grpc.stop(FAREWELL_SECONDS)
+        if self._probed is not None:
+            await self._probed.stop(0)
         self._workers.stop()
         await self.metrics.stop()
+        if self._audit is not None:
+            await asyncio.to_thread(self._audit.stop)
+
+    async def _listen_for_probes(self) -> None:
+        """Serve health, and nothing else, on --health-listen."""
+        address = self._config.health_listen
+        if address is None:
+            return
+        host, _, port = address.rpartition(":")
+        self._probed = grpc.aio.server(options=bounds.health_options(), maximum_concurrent_rpcs=bounds.HEALTH_CALLS)
+        self._probed.add_generic_rpc_handlers([methods_of(HEALTH, self._health)])
+        with _listening("--health-listen", address):
+            _try(host, int(port))
+            self.health_address = f"{host}:{self._probed.add_insecure_port(address)}"
+        await self._probed.start()
 
     async def _tell(self, *, serving: bool) -> None:
         self.metrics.service.ready = serving
@@ -119,11 +166,7 @@ def _try(host: str, port: int) -> None:
         probe.bind(address)
 
 
-def _options(config: Config) -> list[tuple[str, int]]:
-    return [
-        ("grpc.so_reuseport", 0),  # two servers on one port would share its calls, silently
-        ("grpc.max_receive_message_length", config.max_message_bytes),
-        ("grpc.keepalive_time_ms", 30_000),  # finds clients whose machines are gone
-        ("grpc.keepalive_timeout_ms", 10_000),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-    ]
+def _tls(config: Config) -> Certificates | None:
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    return Certificates(config.tls_cert, config.tls_key, config.tls_client_ca)

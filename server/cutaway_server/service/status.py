@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -39,6 +39,14 @@ class Backlog(CutawayError):
     """The client reads so slowly that more is held for it than may be."""
 
 
+class Unauthenticated(CutawayError):
+    """Nobody knows who calls."""
+
+
+class PermissionDenied(CutawayError):
+    """The caller is known, and may not do this."""
+
+
 CODES: dict[type[CutawayError], grpc.StatusCode] = {
     InvalidField: grpc.StatusCode.INVALID_ARGUMENT,
     NotFound: grpc.StatusCode.NOT_FOUND,
@@ -46,6 +54,8 @@ CODES: dict[type[CutawayError], grpc.StatusCode] = {
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Backlog: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Unsupported: grpc.StatusCode.FAILED_PRECONDITION,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     Draining: grpc.StatusCode.UNAVAILABLE,
     Loading: grpc.StatusCode.UNAVAILABLE,
     DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -67,7 +77,7 @@ class Status:
 def status_of(error: Exception) -> Status:
     """The status of an error; one that nobody foresaw is INTERNAL, and its words stay here."""
     code = CODES.get(type(error)) if isinstance(error, CutawayError) else None  # the classes have no heirs
-    if code is None:
+    if code is None or isinstance(error, ModelError):  # whose words have paths
         return Status(grpc.StatusCode.INTERNAL, UNTOLD)
     if isinstance(error, QueueFull):
         wait = ("retry-after-ms", str(round(error.retry_after_seconds * 1000)))
@@ -86,14 +96,31 @@ def answering(
             request = _parsed(data, kind) if isinstance(data, bytes) else _each_parsed(data, kind)
             return await handler(request, context)
         except Exception as error:
-            status = status_of(error)
-            if status.code is grpc.StatusCode.INTERNAL:
+            code = status_of(error).code
+            if code is grpc.StatusCode.INTERNAL:
                 log.exception("%s failed", handler.__name__)
             else:
-                log.info("%s: %s: %s", handler.__name__, status.code.name, status.message)
-            return await context.abort(status.code, status.message, status.trailing)
+                log.info("%s: %s: %s", handler.__name__, code.name, _loggable(error))
+            return await abort(context, error)
 
     return answered
+
+
+async def abort(context: Context, error: Exception) -> NoReturn:
+    """End the call with the status of `error`."""
+    status = status_of(error)
+    await context.abort(status.code, status.message, status.trailing)
+    raise AssertionError("abort raises")
+
+
+def name_of(code: object) -> str:
+    """The name of a status code, which grpc.aio's contexts keep as a number."""
+    return next((known.name for known in grpc.StatusCode if code in (known, known.value[0])), "UNKNOWN")
+
+
+def _loggable(error: Exception) -> str:
+    """What is wrong, without the value that was sent: it may be a part of somebody's text."""
+    return error.field if isinstance(error, InvalidField) else str(error)
 
 
 async def _each_parsed(stream: AsyncIterable[bytes], kind: type[Message]) -> AsyncIterator[Message]:

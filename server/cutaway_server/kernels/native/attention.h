@@ -19,9 +19,7 @@ static void start_tile(const Attention *a, const QueryTile *t, const Workspace *
 }
 
 static void attend_split(const Attention *a, const QueryTile *t, int64_t split, const Workspace *w, const Softmax *to) {
-    KeyRange r = {split * SPLIT, t->from, t->upto};
-    if (r.from < r.base) r.from = r.base;
-    if (r.upto > r.base + SPLIT) r.upto = r.base + SPLIT;
+    const KeyRange r = range_of(t, split);
     take_scales(a, t, r, w);
 #if defined(CUTAWAY_AMX)
     if (uses_matrix_tiles(a)) {
@@ -32,11 +30,16 @@ static void attend_split(const Attention *a, const QueryTile *t, int64_t split, 
     attend_with_vectors(a, t, r, w, to);
 }
 
-/* A tile through all its splits, in order. */
-static void attend_tile(const Attention *a, const QueryTile *t, const Workspace *w) {
+/* A tile through all its splits, in order; `next` (or null) comes after it. */
+static void attend_tile(const Attention *a, const QueryTile *t, const QueryTile *next, const Workspace *w) {
+    const int64_t first = t->from / SPLIT, last = (t->upto - 1) / SPLIT;
     start_tile(a, t, w);
     clear(a, t->rows * a->group, &w->all);
-    for (int64_t split = t->from / SPLIT; split * SPLIT < t->upto; split++) {
+    for (int64_t split = first; split <= last; split++) {
+        if (split < last)
+            look_ahead(w->ahead, t, split + 1);
+        else
+            look_ahead(w->ahead, next, next ? next->from / SPLIT : 0);
         attend_split(a, t, split, w, &w->part);
         merge(a, t->rows * a->group, &w->part, &w->all);
     }
@@ -48,11 +51,13 @@ static Softmax part_at(const Attention *a, int64_t tile, int64_t split) {
     return carve_softmax(a, &at);
 }
 
-/* One split of a tile, kept until all are there. */
-static void attend_part(const Attention *a, int64_t tile, int64_t split, const Workspace *w) {
-    const QueryTile *t = a->tiles + tile;
+/* Task `i` of those that are one split of a tile, kept until all are there; `next` comes after it. */
+static void attend_part(const Attention *a, int64_t i, int64_t next, const Workspace *w) {
+    const QueryTile *t = a->tiles + i / a->splits, *after = a->tiles + next / a->splits;
+    const int64_t split = i % a->splits;
     if ((split + 1) * SPLIT <= t->from || split * SPLIT >= t->upto) return;
-    Softmax part = part_at(a, tile, split);
+    Softmax part = part_at(a, i / a->splits, split);
+    look_ahead(w->ahead, next < a->n_tiles * a->splits ? after : 0, next % a->splits);
     start_tile(a, t, w);
     attend_split(a, t, split, w, &part);
 }
@@ -83,13 +88,20 @@ static void attend(
     meet(team);
     const Attention *a = team->crew->shared;
     uintptr_t at = (uintptr_t)(a->workspaces + team->me * workspace_bytes(a));
-    const Workspace w = carve_workspace(a, &at);
+    Workspace w = carve_workspace(a, &at);
+    Ahead ahead = {0};
+    w.ahead = &ahead;
+    const int64_t tasks = a->splits ? a->n_tiles * a->splits : a->n_tiles;
+    for (int64_t i = take(team, 1), next; i < tasks; i = next) {
+        next = take(team, 1);
+        if (a->splits)
+            attend_part(a, i, next, &w);
+        else
+            attend_tile(a, a->tiles + i, next < tasks ? a->tiles + next : 0, &w);
+    }
     if (a->splits) {
-        for (int64_t i; (i = take(team, 1)) < a->n_tiles * a->splits;) attend_part(a, i / a->splits, i % a->splits, &w);
         meet(team);
         for (int64_t i; (i = take(team, 1)) < a->n_tiles;) merge_tile(a, i, &w);
-    } else {
-        for (int64_t i; (i = take(team, 1)) < a->n_tiles;) attend_tile(a, a->tiles + i, &w);
     }
     meet(team);
     if (team->me == 0) free(planned.tiles);

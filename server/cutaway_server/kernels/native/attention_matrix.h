@@ -72,12 +72,12 @@ static const char *key_tiles(const Attention *a, int64_t place, uint16_t *to, in
 
 /* Products [key][head] of up to four blocks of LINE keys with 16 query heads: out [n][16][16]. */
 static void multiply_keys(
-    const char *const keys[4], int64_t step, int64_t n, const uint16_t *q, int64_t deep, float *out) {
+    const Attention *a, const char *const keys[4], int64_t step, int64_t n, const uint16_t *q, Ahead *ahead, float *out) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t i = 0; i < deep; i++, q += PARTS * TILE_ELEMENTS) {
+    for (int64_t i = 0; i < a->wide / DEEP; i++, q += PARTS * TILE_ELEMENTS) {
         _tile_loadd(5, q, 64);
         _tile_loadd(6, q + TILE_ELEMENTS, 64);
         _tile_loadd(7, q + 2 * TILE_ELEMENTS, 64);
@@ -87,6 +87,7 @@ static void multiply_keys(
         _tile_dpbf16ps(N, 4, 5);                                                                                       \
         _tile_dpbf16ps(N, 4, 6);                                                                                       \
         _tile_dpbf16ps(N, 4, 7);                                                                                       \
+        ask(a, ahead, 4);                                                                                              \
     }
         BLOCK(0)
         BLOCK(1)
@@ -131,16 +132,17 @@ static void score_with_tiles(
         int64_t step = 0;
         for (int64_t b = 0; b < blocks; b++) {
             keys[b] = key_tiles(a, place_of(a, t, key + b * LINE), w->key_lines + b * LINE * a->wide, &step);
-            fetch(a, t, a->pages->keys, key + (b + 4) * LINE);
-            fetch(a, t, a->pages->values, key + b * LINE);
         }
-        multiply_keys(keys, step, blocks, q, a->wide / DEEP, products);
-        for (int64_t b = 0; b < blocks; b++) turn_columns(products + b * 256, n, w->scores + key + b * LINE - r.base, SPLIT);
+        multiply_keys(a, keys, step, blocks, q, w->ahead, products);
+        for (int64_t b = 0; b < blocks; b++) {
+            ask(a, w->ahead, 4);
+            turn_columns(products + b * 256, n, w->scores + key + b * LINE - r.base, SPLIT);
+        }
     }
 }
 
 /* The split's values as tiles [wide / 16][SPLIT / 32][pair of keys][16][2]; zeros for keys the tile may not see. */
-static void pair_values(const Attention *a, const QueryTile *t, KeyRange r, uint16_t *out) {
+static void pair_values(const Attention *a, const QueryTile *t, KeyRange r, Ahead *ahead, uint16_t *out) {
     const __m512i lower = _mm512_set_epi16(
         47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
@@ -148,6 +150,7 @@ static void pair_values(const Attention *a, const QueryTile *t, KeyRange r, uint
     for (int64_t key = r.from / DEEP * DEEP; key < end; key += 2) {
         const int64_t in = key + 1 >= r.from && key < r.upto, place = in ? place_of(a, t, key) : 0;
         uint16_t *to = out + (key - r.base) / 2 * 32;
+        ask(a, ahead, 2);
         for (int64_t i = 0; i < d; i += DEEP, to += 2 * SPLIT * 16) {
             __m512i even = _mm512_setzero_si512(), odd = even;
             if (key >= r.from && key < r.upto) even = load_row(a->pages->values, format, place * d + i, d - i);
@@ -222,7 +225,7 @@ static void attend_with_tiles(const Attention *a, const QueryTile *t, KeyRange r
     for (int64_t i = 0; i < rows; i += 16) {
         const int64_t n = rows - i < 16 ? rows - i : 16;
         score_with_tiles(a, t, r, n, w->query_parts + i / 16 * each, w);
-        if (i == 0) pair_values(a, t, r, w->value_pairs);
+        if (i == 0) pair_values(a, t, r, w->ahead, w->value_pairs);
         for (int64_t j = 0; j < n; j++)
             weigh(a, w, w->scores + j * SPLIT, r.base, start, stop, a->step->positions[t->first + (i + j) / a->group],
                   to->highest + i + j, to->sum + i + j);

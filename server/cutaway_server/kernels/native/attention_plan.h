@@ -8,7 +8,7 @@
 /* Keys of a split (DESIGN 3), of a packed block and of a block that lies together in a page; query heads a tile has. */
 enum { SPLIT = 256, KEYS = 32, LINE = 16, HEADS_A_TILE = 64 };
 
-typedef struct { /* rows of one sequence that read their keys together, for one key/value head */
+typedef struct QueryTile { /* rows of one sequence that read their keys together, for one key/value head */
     int64_t first, rows, sequence, head, from, upto; /* keys in [from, upto) */
     int64_t work;                                    /* rows times keys */
 } QueryTile;
@@ -36,11 +36,21 @@ typedef struct { /* one split of a tile's keys, as positions: all of the split, 
     int64_t base, from, upto;
 } KeyRange;
 
+/* Keys and values that are wanted next. Pages lie anywhere, so the processor cannot guess them; and it takes few requests
+   for memory at a time, so they are made little by little between computations, which would else wait behind them. */
+typedef struct {
+    const char *keys, *values; /* the next lines of the present block of LINE keys */
+    int64_t left;              /* lines of it to ask for */
+    int64_t key, upto;         /* blocks after it */
+    const struct QueryTile *tile;
+} Ahead;
+
 typedef struct { /* what one thread needs; which of the packed forms there are depends on how it computes */
     float *q, *scores, *key_scales, *value_scales;
     float *packed_keys, *packed_values;                                 /* vectors: fp32 columns */
     uint16_t *query_parts, *key_lines, *weight_parts, *value_pairs;     /* matrix tiles: bf16 */
     Softmax part, all;
+    Ahead *ahead;
 } Workspace;
 
 static int uses_matrix_tiles(const Attention *a) {
@@ -101,12 +111,44 @@ static int64_t place_of(const Attention *a, const QueryTile *t, int64_t key) {
     return (page * a->shape->n_kv_heads + t->head) * size + key % size;
 }
 
-/* Asks for the block of LINE keys, or values, at `key` ahead of its use: pages lie anywhere. */
-static void fetch(const Attention *a, const QueryTile *t, const void *page, int64_t key) {
-    if (key >= t->upto) return;
-    int64_t bytes = a->shape->d_head * PAGE_ELEMENT[a->pages->format];
-    const char *from = (const char *)page + place_of(a, t, key) * bytes;
-    for (int64_t i = 0; i < LINE * bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+static KeyRange range_of(const QueryTile *t, int64_t split) {
+    KeyRange r = {split * SPLIT, t->from, t->upto};
+    if (r.from < r.base) r.from = r.base;
+    if (r.upto > r.base + SPLIT) r.upto = r.base + SPLIT;
+    return r;
+}
+
+/* A split of `t` is wanted next; null: nothing is. */
+static void look_ahead(Ahead *ahead, const QueryTile *t, int64_t split) {
+    *ahead = (Ahead){.tile = t};
+    if (!t) return;
+    KeyRange r = range_of(t, split);
+    ahead->key = r.from / LINE * LINE, ahead->upto = r.upto;
+}
+
+static void next_block(const Attention *a, Ahead *ahead) {
+    const int64_t bytes = a->shape->d_head * PAGE_ELEMENT[a->pages->format], place = place_of(a, ahead->tile, ahead->key);
+    ahead->keys = (const char *)a->pages->keys + place * bytes;
+    ahead->values = (const char *)a->pages->values + place * bytes;
+    ahead->left = (LINE * bytes + 63) / 64;
+    ahead->key += LINE;
+    if (a->pages->format != PAGES_INT8) return;
+    __builtin_prefetch(a->pages->key_scales + place, 0, 2);
+    __builtin_prefetch(a->pages->value_scales + place, 0, 2);
+}
+
+/* Asks for `n` more lines of the keys, and of the values, that are wanted next. */
+INLINE void ask(const Attention *a, Ahead *ahead, int64_t n) {
+    if (ahead->left == 0) {
+        if (ahead->key >= ahead->upto) return;
+        next_block(a, ahead);
+    }
+    if (n > ahead->left) n = ahead->left;
+    ahead->left -= n;
+    for (int64_t i = 0; i < n; i++, ahead->keys += 64, ahead->values += 64) {
+        __builtin_prefetch(ahead->keys, 0, 2);
+        __builtin_prefetch(ahead->values, 0, 2);
+    }
 }
 
 /* Scales of a split's keys and values; 0 for keys the tile may not see, so that nothing there is used. */
@@ -145,10 +187,12 @@ static int64_t make_tiles(const Attention *a, int64_t most_rows, QueryTile *tile
     return n;
 }
 
-/* The longest first, so that none starts when the others are done. */
+/* The longest first, so that none starts when the others are done; heads that share pages beside one another. */
 static int by_work(const void *a, const void *b) {
-    int64_t first = ((const QueryTile *)a)->work, second = ((const QueryTile *)b)->work;
-    return (first < second) - (first > second);
+    const QueryTile *x = a, *y = b;
+    if (x->work != y->work) return x->work < y->work ? 1 : -1;
+    if (x->first != y->first) return x->first < y->first ? -1 : 1;
+    return (x->head > y->head) - (x->head < y->head);
 }
 
 static int64_t rows_a_tile(const Attention *a) {

@@ -26,14 +26,15 @@ static void turn_keys(const void *page, int64_t format, int64_t at, int64_t d, f
 }
 
 /* Keys [start, start + KEYS) that the tile may see; other columns are left as they are. */
-static void pack_keys(const Attention *a, const QueryTile *t, int64_t start, float *out) {
+static void pack_keys(const Attention *a, const QueryTile *t, int64_t start, Ahead *ahead, float *out) {
     const int64_t d = a->shape->d_head;
     for (int64_t block = start; block < start + KEYS; block += LINE)
         if (block < t->upto && block + LINE > t->from)
-            for (int64_t key = block; key < block + LINE; key += LANES)
+            for (int64_t key = block; key < block + LINE; key += LANES) {
+                ask(a, ahead, LANES);
                 turn_keys(
-                    a->pages->keys, a->pages->format, place_of(a, t, key) * d, d,
-                    out + (block - start) * d + key % LINE);
+                    a->pages->keys, a->pages->format, place_of(a, t, key) * d, d, out + (block - start) * d + key % LINE);
+            }
 }
 
 /* Values of `n` keys, all of one block of LINE, as columns [wide / 16][KEYS][16]. */
@@ -52,10 +53,12 @@ static void pack_line(const Attention *a, int64_t place, int64_t n, float *out) 
 }
 
 /* Values of keys [start, stop), all of one block of KEYS. */
-static void pack_values(const Attention *a, const QueryTile *t, int64_t start, int64_t stop, float *out) {
+static void pack_values(
+    const Attention *a, const QueryTile *t, int64_t start, int64_t stop, Ahead *ahead, float *out) {
     for (int64_t key = start, next; key < stop; key = next) {
         next = key / LINE * LINE + LINE;
         if (next > stop) next = stop;
+        ask(a, ahead, 8);
         pack_line(a, place_of(a, t, key), next - key, out + (key - start) * 16);
     }
 }
@@ -63,11 +66,8 @@ static void pack_values(const Attention *a, const QueryTile *t, int64_t start, i
 static void score_with_vectors(const Attention *a, const QueryTile *t, KeyRange r, const Workspace *w) {
     const int64_t d = a->shape->d_head;
     for (int64_t start = r.from / KEYS * KEYS; start < r.upto; start += KEYS) {
-        for (int64_t key = start; key < start + KEYS; key += LINE) {
-            fetch(a, t, a->pages->keys, key + 2 * KEYS);
-            fetch(a, t, a->pages->values, key);
-        }
-        pack_keys(a, t, start, w->packed_keys);
+        pack_keys(a, t, start, w->ahead, w->packed_keys);
+        ask(a, w->ahead, 8);
         tile_fp32(w->q, d, t->rows * a->group, w->packed_keys, d * 16, d, w->scores + start - r.base, SPLIT, 0);
     }
 }
@@ -83,7 +83,8 @@ static void attend_with_vectors(const Attention *a, const QueryTile *t, KeyRange
     for (int64_t start = r.from, stop; start < r.upto; start = stop, add = 1) {
         stop = start / KEYS * KEYS + KEYS;
         if (stop > r.upto) stop = r.upto;
-        pack_values(a, t, start, stop, w->packed_values);
+        pack_values(a, t, start, stop, w->ahead, w->packed_values);
+        ask(a, w->ahead, 8);
         for (int64_t c = 0; c < a->wide; c += TILE)
             tile_fp32(w->scores + start - r.base, SPLIT, n, w->packed_values + c * KEYS, KEYS * 16, stop - start,
                       to->values + c, a->wide, add);

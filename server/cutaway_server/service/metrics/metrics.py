@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import cast
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
@@ -51,8 +51,8 @@ class Metrics:
         """Where they are served, with the port that was picked; None if nowhere."""
         return None if self._listener is None else self._listener.address
 
-    def listen(self) -> None:
-        """Serve them on `--metrics-listen`, unless that is none.
+    def listen(self, beside: Mapping[str, WSGIApplication]) -> None:
+        """Serve them on `--metrics-listen`, unless that is none, and the paths of `beside` with them.
 
         Raises:
             OSError: the address is taken or not ours.
@@ -60,7 +60,7 @@ class Metrics:
         if self._config.metrics_listen is None:
             return
         host, _, port = self._config.metrics_listen.rpartition(":")
-        self._listener = HttpListener(host, int(port), {"/metrics": _plain(self.registry)})
+        self._listener = HttpListener(host, int(port), {"/metrics": _plain(self.registry), **beside})
         log.info("metrics on http://%s/metrics", self._listener.address)
 
     def watch(self, thread: EngineThread, facts: EngineFacts) -> None:
