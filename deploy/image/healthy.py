@@ -10,14 +10,14 @@ import sys
 from cutaway import Client, CutawayError
 
 SECONDS = 5.0
+NEARBY = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104  # what listens everywhere listens here
 
 
 def main() -> int:
     """The exit code."""
     host, _, port = os.environ["CUTAWAY_HEALTH_LISTEN"].rpartition(":")
-    nearby = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # what listens everywhere listens here
     try:
-        with Client(f"{nearby}:{port}", timeout=SECONDS, retries=0) as client:
+        with Client(f"{NEARBY.get(host, host)}:{port}", timeout=SECONDS, retries=0) as client:
             health = client.health()
     except CutawayError as error:
         print(error, file=sys.stderr)
