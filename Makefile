@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LISTEN ?= 127.0.0.1:50051
 
-.PHONY: demo serve test test-slow check bench protos install clean
+.PHONY: demo serve test test-slow test-prometheus check bench protos dashboards install clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -32,16 +32,27 @@ test: install  ## every test that needs no GPU, no Docker and little time
 test-slow: install  ## the tests marked slow
 	$(BIN)/python -m pytest -m slow
 
-check: install  ## format, lint, types, arrows between rooms, wire
+test-prometheus: install  ## dashboards and rules against a real Prometheus, which has to be installed
+	$(BIN)/python -m pytest -m prometheus
+
+check: install  ## format, lint, types, arrows between rooms, wire, what is generated
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	cd protos && ../$(BIN)/buf lint && ../$(BIN)/buf format --diff --exit-code && ../$(BIN)/buf breaking --against released.binpb
 	$(BIN)/python protos/generate.py --check
+	$(BIN)/python deploy/grafana/generate.py --check
+	$(BIN)/python docs/generate.py --check
 
-bench: install  ## measure this machine
+dashboards: install  ## regenerate deploy/grafana/dashboards and docs/metrics.md
+	$(BIN)/python deploy/grafana/generate.py
+	$(BIN)/python docs/generate.py
+
+bench: install  ## what this machine allows, and what the engine and the server do on it; minutes
+	$(BIN)/python bench/limits.py
 	$(BIN)/python bench/step.py
+	$(BIN)/python bench/serve.py
 
 protos: install  ## regenerate client/cutaway/v1 from protos/
 	$(BIN)/python protos/generate.py

@@ -228,6 +228,33 @@ def test_each_operation_gives_what_the_reference_gives_and_its_open_form_the_sam
     assert near(ours.unembed(out), reference.unembed(out), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ALL_SHAPES)
+def test_layers_in_one_call_give_the_bits_of_their_operations(
+    name: str, dtype: torch.dtype, variant: str, library: Library
+) -> None:
+    config = ALL_SHAPES[name]
+    weights = random_weights(config, dtype=dtype)
+    alone, together = (CpuKernels(config, weights, 1024, library, variant, threads) for threads in (1, 3))
+    for n in (1, 5, 290):
+        batch = flat([(tokens(n), 0, n, shuffled_blocks(n, 16)), (tokens(2, 3), 0, 2, [40])], 16)
+        pages, same = (pages_for(config, 41, 16, dtype) for _ in range(2))
+        plan = alone.plan(batch)
+        residual = first = alone.embed(plan)
+        for layer in range(config.n_layers):
+            z, _ = alone.paged_attention(layer, alone.attention_input(layer, residual, plan, pages), plan, pages)
+            middle = alone.attention_output(layer, z, residual)
+            residual = alone.mlp_output(layer, alone.mlp_input(layer, middle), middle)
+        untouched = first.clone()
+        assert torch.equal(together.layers(0, config.n_layers, first, plan, same), residual)
+        assert torch.equal(first, untouched)
+        assert torch.equal(pages.keys.nan_to_num(), same.keys.nan_to_num())
+        assert torch.equal(pages.values.nan_to_num(), same.values.nan_to_num())
+        part = together.layers(0, 1, first, plan, same)
+        assert torch.equal(together.layers(1, config.n_layers, part, plan, same), residual)
+        assert together.layers(1, 1, part, plan, same) is part
+
+
 def _check_parts(ours: object, reference: object, dtype: torch.dtype) -> None:
     """Every tensor of an open form, those of its norm too."""
     for field in type(reference).__slots__:  # type: ignore[attr-defined]

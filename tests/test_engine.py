@@ -363,6 +363,25 @@ def test_a_thread_takes_requests_from_anywhere_and_refuses_what_it_must() -> Non
     assert engine.scheduler.pool.used == 0
 
 
+def test_what_a_step_brought_is_told_before_the_next_is_computed_and_once() -> None:
+    seen, engine, told = Collector(), make_engine(), []
+    kernels = engine.model.kernels
+    layers = kernels.layers
+
+    def noting(*arguments):
+        told.append([event.step for _, event in seen.events if isinstance(event, Sampled)])
+        return layers(*arguments)
+
+    kernels.layers = noting  # type: ignore[method-assign]
+    thread = EngineThread(engine, seen.report, seen.on_death)
+    thread.submit(ask("a", prompt(9), max_tokens=6))
+    thread.start()
+    seen.wait(lambda: seen.ended())
+    thread.stop()
+    assert told == [list(range(1, step)) for step in range(1, 7)]
+    assert [event.step for _, event in seen.events if isinstance(event, Sampled)] == [1, 2, 3, 4, 5, 6]
+
+
 def test_an_engine_that_dies_says_so_and_takes_nothing_more(caplog: pytest.LogCaptureFixture) -> None:
     seen = Collector()
     engine = make_engine()

@@ -406,7 +406,7 @@ def test_generation_config_sets_only_what_it_sets(tmp_path: Path) -> None:
     tiny.save_tiny("llama", tmp_path)
     write_json(tmp_path / "generation_config.json", eos_token_id=[3, 2], do_sample=False, temperature=0.6, top_k=20)
     opened = open_directory(tmp_path)
-    assert opened.defaults == SamplingOptions(temperature=0.6, top_k=20)
+    assert opened.defaults == SamplingOptions(temperature=0.0, top_k=20), "do_sample=false is greedy, whatever else"
     assert opened.eos_token_ids == {1, 2, 3}, "its own and the tokenizer's"
     write_json(tmp_path / "generation_config.json", top_p=0.9, min_p=0.1, typical_p=0.8, repetition_penalty=1.1)
     assert open_directory(tmp_path).defaults == SamplingOptions(
@@ -429,7 +429,7 @@ def test_what_generation_config_asks_for_in_vain_is_told_in_one_warning(
 ) -> None:
     tiny.save_tiny("llama", tmp_path)
     unheeded = {
-        "do_sample": False, "num_beams": 4, "no_repeat_ngram_size": 3, "suppress_tokens": [5], "max_new_tokens": 20,
+        "num_beams": 4, "no_repeat_ngram_size": 3, "suppress_tokens": [5], "max_new_tokens": 20,
         "min_new_tokens": 2, "bad_words_ids": [[7]], "forced_bos_token_id": 0, "guidance_scale": 1.5,
         "max_length": 20, "somebody_elses": "key", "sequence_bias": [[[7], -1.0]] * 100,
     }  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from cutaway.v1 import inference_pb2 as v1
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -94,6 +97,32 @@ def test_a_failed_engine_ends_the_program_with_1_and_its_cause_in_the_log(tiny: 
         assert code_of(client.Generate(asking(PROMPT, ask_request_id="live"))) is grpc.StatusCode.INTERNAL
         exit_code, log = ended(process)
         assert (exit_code, "the boiler burst" in log) == (1, True)
+
+
+def test_a_signal_during_a_download_leaves_nothing_behind(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as index:  # accepts, and never answers
+        environment = {
+            **os.environ, "CUTAWAY_CACHE": str(tmp_path), "PIP_CONFIG_FILE": os.devnull,
+            "PIP_INDEX_URL": f"http://127.0.0.1:{index.getsockname()[1]}/simple",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "cutaway_server", "--model", "smollm2", "--listen", "127.0.0.1:0"]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            connection, _ = index.accept()
+            [pip] = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 128 + signal.SIGTERM
+            connection.close()
+            assert not pip.is_running() or pip.status() == psutil.STATUS_ZOMBIE
+    assert list(tmp_path.rglob("fetch-*")) == []
+
+
+def test_a_step_that_has_no_room_for_all_that_may_run_is_refused(tiny: str) -> None:
+    options = ["--model", tiny, "--max-batch-tokens", "3", "--max-running", "4", "--listen", "127.0.0.1:0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "cutaway_server", *options], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "--max-batch-tokens: 3 is less than --max-running 4" in done.stderr
 
 
 def test_threads_that_tokenise_leave_the_interpreter_to_a_step_soon(tiny: str) -> None:

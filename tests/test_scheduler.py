@@ -34,8 +34,8 @@ def request_for(
     return Request(name, tuple(prompt), sampling, 0.0, deadline, tenant, prefix_caching)
 
 
-def scheduler_with(capacity: int = 64, page_size: int = 4, **limits: int | bool) -> Scheduler:
-    options: dict[str, int] = {"max_batch_tokens": 64, "max_running": 16, "max_queued": 64, "max_context": 10_000}
+def scheduler_with(capacity: int = 64, page_size: int = 4, **limits: float) -> Scheduler:
+    options: dict[str, float] = {"max_batch_tokens": 64, "max_running": 16, "max_queued": 64, "max_context": 10_000}
     return Scheduler(BlockPool(capacity + 1, page_size, KEY), **{**options, **limits})  # type: ignore[arg-type]
 
 

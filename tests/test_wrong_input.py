@@ -50,6 +50,11 @@ def chat(*turns: tuple[str, str]) -> v1.GenerateRequest:
 
 
 REQUESTS: dict[str, tuple[v1.GenerateRequest, str]] = {
+    "a text's flag with ids": (asking(ONE, ask_add_special_tokens=True), r"add_special_tokens: True .* with token_ids"),
+    "a text's flag with a chat": (
+        v1.GenerateRequest(chat=v1.Chat(messages=[v1.Message(role="user", content="x")]), parse_special_tokens=False),
+        r"parse_special_tokens: False .* with chat",
+    ),
     "no prompt": (v1.GenerateRequest(), r"prompt: None .* text, token_ids and chat"),
     "text of no tokens": (asking("", ask_add_special_tokens=False), r"prompt: '0 tokens' .* at least one token"),
     "empty ids": (asking([]), r"token_ids: '0 ids' .* at least one"),

@@ -6,13 +6,14 @@ torch and gRPC are imported once the options are known to be right, so that `--h
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from cutaway_server.config import Config
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
     from cutaway_server.service.server import Server
     from cutaway_server.text.tokenizer import TextModel
 
+Loaded = TypeVar("Loaded")
+
 log = logging.getLogger("cutaway_server")  # __name__ is __main__ here
 
 SWITCH_SECONDS = 0.0005
+CLEAN_UP_SECONDS = 1.0
 FAILED, MISTAKEN, SIGNALLED = 1, 2, 128  # exit codes: cut short; the caller's mistake; plus the signal's number
 
 
@@ -76,17 +80,45 @@ async def serve(config: Config) -> int:
     """Listen, load, and serve until a signal comes or the engine fails; the exit code."""
     from cutaway_server.service.server import Server
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # while it loads there is nothing to give back
-        asyncio.get_running_loop().add_signal_handler(number, os._exit, SIGNALLED + number)
+    loading = Loading()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, loading.stop, SIGNALLED + number)
     server = Server(config)
     if config.api_keys is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.reload)
     address = await server.listen()
     try:
-        engine, facts, text = await asyncio.to_thread(load, config)
+        engine, facts, text = await loading.ended(asyncio.to_thread(load, config))
         return await _serve_engine(server, address, engine, facts, text)
     finally:
         await server.stop()
+
+
+class Loading:
+    """Ends the program while it loads: at once, or as soon as a download under way has cleaned up after itself."""
+
+    def __init__(self) -> None:
+        self._code: int | None = None
+
+    def stop(self, code: int) -> None:
+        """End the program with `code`, and its children."""
+        import psutil
+
+        children = psutil.Process().children(recursive=True)
+        if self._code is not None or not children:
+            os._exit(code)
+        self._code = code
+        for child in children:
+            child.terminate()
+        asyncio.get_running_loop().call_later(CLEAN_UP_SECONDS, os._exit, code)
+
+    async def ended(self, load: Awaitable[Loaded]) -> Loaded:
+        """What `load` gives."""
+        try:
+            return await load
+        finally:
+            if self._code is not None:
+                os._exit(self._code)
 
 
 def load(config: Config) -> tuple[Engine, EngineFacts, TextModel]:
@@ -133,10 +165,17 @@ async def _serve_engine(server: Server, address: str, engine: Engine, facts: Eng
     try:
         server.metrics.watch(thread, facts)
         await server.serve(thread, facts, text)
+        settle()
         print(f"listening on {address}", flush=True)
         return await _until_told(server, dead)
     finally:
         thread.stop()
+
+
+def settle() -> None:
+    """Let the garbage collector forget what has been loaded: it stays, and need not be looked through at each turn."""
+    gc.collect()
+    gc.freeze()
 
 
 async def _until_told(server: Server, dead: asyncio.Event) -> int:

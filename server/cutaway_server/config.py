@@ -96,8 +96,13 @@ class Config(BaseModel):
         "auto", description="What to compute in; auto: bfloat16 where the machine has it."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute; auto: cuda if there is one.")
-    kernels: Literal["auto", "reference", "cpu"] = Field(
-        "auto", description="Which operations compute; auto: the native ones on a CPU, where a C compiler is found."
+    kernels: Literal["auto", "reference", "cpu", "cuda"] = Field(
+        "auto",
+        description="Which operations compute; auto: cuda's on a GPU where Triton is found, the native ones on a CPU "
+        "where a C compiler is found.",
+    )
+    batch_invariant: bool = Field(
+        False, description="On a GPU too, no number may depend on who else is in the batch; slower."
     )
     threads: Threads | None = Field(None, description="CPU threads that compute. Default: the cores allowed.")
     kv_cache_memory: Annotated[Bytes, Field(ge=1)] | None = Field(
@@ -113,6 +118,12 @@ class Config(BaseModel):
         16, description="Tokens in a page of the KV cache: a power of two from 16 to 256."
     )
     max_batch_tokens: Rows = Field(512, description="Tokens computed in one step, at most.")
+    max_stretch: float = Field(
+        1.8,
+        gt=1,
+        le=1000,
+        description="How many times as long a prompt may make the steps of completions that run beside it.",
+    )
     max_running: Slots = Field(64, description="Completions computed at the same time, at most.")
     max_queued: Count = Field(1024, description="Requests that may wait; more are refused.")
     prefix_caching: bool = Field(True, description="Share pages between prompts that begin alike.")

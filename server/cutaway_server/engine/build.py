@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -66,6 +67,7 @@ def build_engine(
     Raises:
         ModelError: the model does not fit, or the options do not fit the model.
     """
+    _check_step(config)
     device, dtype = choose_device(config.device), choose_dtype(config.dtype, choose_device(config.device))
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     context = _context(config, checkpoint.config)
@@ -74,13 +76,15 @@ def build_engine(
         weights = load_weights(checkpoint, dtype, device, progress)
         model_hash = digest.result()
     n_parameters = weights.n_parameters
-    model = Transformer(choose_kernels(config.kernels, checkpoint.config, weights, context))
+    kernels = choose_kernels(
+        config.kernels, checkpoint.config, weights, context, batch_invariant=config.batch_invariant
+    )
     del weights  # the kernels have them now, packed or as they were
     pages = _pages(config, checkpoint.config, context, dtype, device)
-    engine = Engine(model, pages, _scheduler(config, pages, context), _builder(config, context, device))
+    engine = _engine(config, kernels, pages, context)
     warm_up(engine)
     facts = EngineFacts(
-        checkpoint.config, model_hash, n_parameters, model.kernels.name, WIRE_DTYPES[dtype], device.type,
+        checkpoint.config, model_hash, n_parameters, kernels.name, WIRE_DTYPES[dtype], device.type,
         context, config.max_running, config.max_queued, config.max_batch_tokens, config.page_size, pages.n_pages - 1,
         checkpoint.eos_token_ids, checkpoint.defaults,
     )  # fmt: skip
@@ -115,13 +119,21 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def choose_kernels(name: str, model: ModelConfig, weights: Weights, context: int) -> Kernels:
-    """The operations asked for; auto takes the native ones where they run. They take the weights over.
+def choose_kernels(
+    name: str, model: ModelConfig, weights: Weights, context: int, *, batch_invariant: bool = False
+) -> Kernels:
+    """The operations asked for; auto takes the fastest that run. They take the weights over.
 
     Raises:
-        ModelError: the native operations are asked for and cannot serve this.
+        ModelError: the operations asked for cannot serve this.
     """
     device, dtype = weights.embed.device, weights.embed.dtype
+    if name == "cuda" and device.type != "cuda":
+        raise ModelError(f"--kernels cuda: needs a CUDA device, not {device.type}")
+    if device.type == "cuda" and name in ("auto", "cuda"):
+        found = _cuda_kernels(name, model, weights, context, batch_invariant=batch_invariant)
+        if found is not None:
+            return found
     fits = device.type == "cpu" and dtype in CPU_DTYPES
     if name == "cpu" and not fits:
         raise ModelError(f"--kernels cpu: needs a CPU and bfloat16 or float32, not {device.type} and {dtype}")
@@ -131,6 +143,46 @@ def choose_kernels(name: str, model: ModelConfig, weights: Weights, context: int
     if name == "cpu":
         raise ModelError("--kernels cpu: the native library cannot be had here; the log says why")
     return ReferenceKernels(model, weights, context)
+
+
+def _cuda_kernels(
+    name: str, model: ModelConfig, weights: Weights, context: int, *, batch_invariant: bool
+) -> Kernels | None:
+    """The Triton kernels; None, after a warning, if there is no Triton and nobody insists on it."""
+    try:
+        from cutaway_server.kernels.cuda.operations import CudaKernels
+    except ImportError as error:
+        reason = (
+            f"Triton cannot be imported ({error}); it comes with torch's CUDA build, or pip install 'cutaway[cuda]'"
+        )
+        if name == "cuda":
+            raise ModelError(f"--kernels cuda: {reason}") from None
+        log.warning("%s: the slower reference kernels serve", reason)
+        return None
+    return CudaKernels(model, weights, context, batch_invariant=batch_invariant)
+
+
+def _engine(config: Config, kernels: Kernels, pages: Pages, context: int) -> Engine:
+    """The engine for these kernels: one that runs ahead of the host where steps can be recorded."""
+    device, scheduler = pages.keys.device, _scheduler(config, pages, context)
+    if device.type != "cuda" or isinstance(kernels, ReferenceKernels):
+        return Engine(Transformer(kernels), pages, scheduler, _builder(config, context, device))
+    from cutaway_server.engine.ahead import AheadEngine
+    from cutaway_server.engine.capture import CudaCapture
+    from cutaway_server.engine.graphs import DecodeGraphs, RecordableKernels
+
+    graphs = DecodeGraphs(
+        cast(RecordableKernels, kernels), pages, max_rows=config.max_running, capture=CudaCapture(device)
+    )
+    return AheadEngine(graphs, pages, scheduler, _builder(config, context, torch.device("cpu")))
+
+
+def _check_step(config: Config) -> None:
+    if config.max_batch_tokens < config.max_running:
+        raise ModelError(
+            f"--max-batch-tokens: {config.max_batch_tokens} is less than --max-running {config.max_running}, and a "
+            "step computes a token of each completion that runs"
+        )
 
 
 def _context(config: Config, model: ModelConfig) -> int:
@@ -165,7 +217,7 @@ def _scheduler(config: Config, pages: Pages, context: int) -> Scheduler:
     pool = BlockPool(pages.n_pages, pages.page_size, key=secrets.token_bytes(32))
     return Scheduler(
         pool, max_batch_tokens=config.max_batch_tokens, max_running=config.max_running, max_queued=config.max_queued,
-        max_context=context, prefix_caching=config.prefix_caching,
+        max_context=context, prefix_caching=config.prefix_caching, max_stretch=config.max_stretch,
     )  # fmt: skip
 
 

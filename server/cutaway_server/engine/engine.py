@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from cutaway_server.cache.pages import Pages
 from cutaway_server.engine.batch import BatchBuilder
-from cutaway_server.engine.observed import FORWARD, PREPARE, SAMPLE, SCHEDULE, Observed
+from cutaway_server.engine.observed import FORWARD, PREPARE, REPORT, SAMPLE, SCHEDULE, Observed
 from cutaway_server.engine.requests import Completion, LiveRequest
 from cutaway_server.engine.scoring import score
 from cutaway_server.errors import CutawayError, DeadlineExceeded, EngineFailed
@@ -31,7 +31,7 @@ from cutaway_server.request import (
     SamplingParams,
     Started,
 )  # fmt: skip
-from cutaway_server.sampler import SampledBatch, SamplerState, build_batch, sample
+from cutaway_server.sampler import BatchMaker, SampledBatch, SamplerState, sample
 from cutaway_server.scheduler import Schedule, Scheduler, Work
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class Draw:
     live: LiveRequest
     completion: Completion
     row: int
+    step: int
 
 
 class Engine:
@@ -56,6 +57,8 @@ class Engine:
         self.pages = pages
         self.scheduler = scheduler
         self.builder = builder
+        self._batches = BatchMaker(model.config.d_vocab, pages.keys.device)
+        self.before_layers: Callable[[], None] = lambda: None  # called when a step's long computation begins
         self.live: dict[str, LiveRequest] = {}
         self.steps = 0
         self.observed = Observed(scheduler.max_context)
@@ -64,6 +67,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a step would compute something."""
         return bool(self.live)
+
+    @property
+    def computing(self) -> bool:
+        """Whether a step is being computed between two calls of `step`, so that there is time to tell of the last."""
+        return False
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -89,25 +97,49 @@ class Engine:
     def step(self) -> Events:
         """Compute one step and tell what came of it."""
         self.observed.begin()
-        schedule = self.scheduler.schedule(time.monotonic())
+        begun = time.monotonic()
+        return self._run(self.scheduler.schedule(begun), begun)
+
+    def _run(self, schedule: Schedule, begun: float) -> Events:
         events = [*self._refused(schedule), *self._started(schedule)]
         if not schedule.work:
             return events
         self.steps += 1
+        wanted = [_wanted(work) for work in schedule.work]
         self.observed.mark(SCHEDULE)
-        residual, rows = self._compute(schedule)
+        residual = self._compute(schedule, wanted)
         self.scheduler.complete(schedule)
         draws: list[Draw] = []
-        for work, first_row, wanted in rows:
+        for work, count, end in zip(schedule.work, wanted, accumulate(wanted), strict=True):
             try:
-                events += self._prompt_done(work, residual[first_row : first_row + len(wanted)], wanted)
-                draws += self._draws(work, first_row + len(wanted) - 1)
+                if work.start < work.sequence.prompt_length:
+                    events += self._prompt_done(work, residual[end - count : end])
+                draws += self._draws(work, end - 1)
             except Exception as error:
                 events += self.fail(work.sequence.request.request_id, error)
         events += self._sample(draws, residual)
+        self.scheduler.pace.note(schedule.decodes, schedule.prompt_rows, time.monotonic() - begun)
         self.observed.mark(SAMPLE)
         self.observed.step(schedule)
         return events
+
+    def _compute(self, schedule: Schedule, wanted: list[int]) -> torch.Tensor:
+        """The last residuals of the wanted rows, so many at the end of each work, one after the other."""
+        self._copy(schedule)
+        batch = self.builder.build(schedule.work, wanted)
+        residual = self.model.forward(batch, self.pages, self._prepared)
+        self.observed.mark(FORWARD)
+        return residual
+
+    def _prepared(self) -> None:
+        self.observed.mark(PREPARE)
+        self.before_layers()
+        self.observed.mark(REPORT)
+
+    def _copy(self, schedule: Schedule) -> None:
+        if schedule.copies:
+            source, target = torch.tensor(schedule.copies, device=self.pages.keys.device).unbind(1)
+            self.pages.copy(source, target)
 
     def _refused(self, schedule: Schedule) -> Iterator[tuple[str, Event]]:
         for sequence in schedule.expired:
@@ -125,29 +157,14 @@ class Engine:
             self.live[sequence.request.request_id].preemptions += 1
             self.observed.preemptions += 1
 
-    def _compute(self, schedule: Schedule) -> tuple[torch.Tensor, list[tuple[Work, int, NDArray[np.int64]]]]:
-        """The last residuals of the wanted rows, and where each work's are: (work, first, its own wanted rows)."""
-        if schedule.copies:
-            source, target = torch.tensor(schedule.copies, device=self.builder.device).unbind(1)
-            self.pages.copy(source, target)
-        wanted = [_wanted(work) for work in schedule.work]
-        batch = self.builder.build(schedule.work, wanted)
-        self.observed.mark(PREPARE)
-        residual = self.model.forward(batch, self.pages)
-        self.observed.mark(FORWARD)
-        firsts = np.cumsum([0, *(len(rows) for rows in wanted)])
-        return residual, list(zip(schedule.work, firsts.tolist(), wanted, strict=False))
-
-    def _prompt_done(
-        self, work: Work, residual: torch.Tensor, wanted: NDArray[np.int64]
-    ) -> Iterator[tuple[str, Event]]:
+    def _prompt_done(self, work: Work, residual: torch.Tensor) -> Iterator[tuple[str, Event]]:
         """Score the prompt where that is asked, and end requests that want nothing else."""
         sequence = work.sequence
         live = self.live.get(sequence.request.request_id)
-        if live is None or work.start >= sequence.prompt_length:
+        if live is None:
             return
         if sequence.request.sampling.prompt_logprobs is not None:
-            for scored in score(self.model, sequence, work.start + wanted, residual):
+            for scored in score(self.model, sequence, np.arange(work.stop - len(residual), work.stop), residual):
                 yield sequence.request.request_id, scored
         if sequence.request.sampling.max_tokens == 0 and work.stop == sequence.prompt_length:
             for index in sorted(live.open):
@@ -159,9 +176,9 @@ class Engine:
         if live is None or not work.samples or work.sequence.finished:
             return []
         if live.prompt is None:
-            return [Draw(live, live.completions[work.sequence.index], row)]
+            return [Draw(live, live.completions[work.sequence.index], row, self.steps)]
         self._fork(live, live.prompt)
-        return [Draw(live, completion, row) for completion in live.completions.values()]
+        return [Draw(live, completion, row, self.steps) for completion in live.completions.values()]
 
     def _fork(self, live: LiveRequest, prompt: Completion) -> None:
         """Turn a computed prompt into the completions that are still wanted."""
@@ -186,6 +203,10 @@ class Engine:
             if len(draws) == 1:
                 return self.fail(draws[0].live.request.request_id, error)
             return [event for draw in draws for event in self._sample([draw], residual)]
+        return self._take(draws, drawn)
+
+    def _take(self, draws: Items[Draw], drawn: Items[tuple[int, bool, Logprobs | None]]) -> Events:
+        """Take in a token for each draw, whether it is valid, and its log-probabilities."""
         events: Events = []
         for draw, (token, valid, logprobs) in zip(draws, drawn, strict=True):
             try:
@@ -198,11 +219,12 @@ class Engine:
 
     def _draw(self, draws: Items[Draw], residual: torch.Tensor) -> list[tuple[int, bool, Logprobs | None]]:
         """A token for each draw, whether it is valid, and its log-probabilities."""
-        rows = torch.tensor([draw.row for draw in draws], device=residual.device)
-        logits = self.model.logits(residual[rows])
+        rows = [draw.row for draw in draws]
+        if rows != list(range(len(residual))):
+            residual = residual[torch.tensor(rows, device=residual.device)]
         states = [draw.completion.sampler for draw in draws]
         positions = [len(draw.completion.sequence.tokens) for draw in draws]
-        return list(_to_host(sample(logits, build_batch(states, positions, logits.shape[1], logits.device))))
+        return list(_to_host(sample(self.model.logits(residual), self._batches.make(states, positions))))
 
     def _advance(self, draw: Draw, token: int, logprobs: Logprobs | None) -> Iterator[tuple[str, Event]]:
         """Take a drawn token into its completion, and end that if it is the last."""
@@ -214,7 +236,7 @@ class Engine:
         draw.completion.sampler.append(token)
         live.last_token = time.monotonic()
         live.first_token = live.first_token or live.last_token
-        yield live.request.request_id, Sampled(sequence.index, token, self.steps, logprobs)
+        yield live.request.request_id, Sampled(sequence.index, token, draw.step, logprobs)
         if token in sampling.eos_token_ids or token in sampling.stop_token_ids:
             stop = None if token in sampling.eos_token_ids else token
             yield from self._end(live, sequence.index, FinishReason.STOP, stop)
@@ -254,14 +276,14 @@ class Engine:
             self.scheduler.finish(completion.sequence)
 
 
-def _wanted(work: Work) -> NDArray[np.int64]:
-    """The rows of a work, counted from its first, whose last residual is needed."""
-    sequence, n = work.sequence, work.stop - work.start
+def _wanted(work: Work) -> int:
+    """How many rows at the end of a work have a last residual that is needed."""
+    sequence = work.sequence
     if sequence.request.sampling.prompt_logprobs is not None:
         first = max(work.start, sequence.scored)  # what was scored before a preemption is not told again
         if first < min(work.stop, sequence.prompt_length - 1):
-            return np.arange(first - work.start, n)
-    return np.arange(n - 1, n) if work.samples else np.arange(0)
+            return work.stop - first
+    return 1 if work.samples else 0
 
 
 def _to_host(sampled: SampledBatch) -> Iterator[tuple[int, bool, Logprobs | None]]:

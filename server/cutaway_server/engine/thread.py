@@ -46,6 +46,8 @@ class EngineThread:
         self._names: set[str] = set()  # requests submitted and not ended
         self._queued = 0  # requests in the inbox
         self._failure: BaseException | None = None
+        self._untold: Events = []
+        engine.before_layers = self._tell
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -95,20 +97,29 @@ class EngineThread:
     def _run(self) -> None:
         try:
             while self._take_inbox():
-                self._tell(self.engine.step())
+                events = self.engine.step()  # empties _untold
+                self._untold += events
+                if self.engine.computing:
+                    self._tell()
                 self.engine.observed.reported()
         except BaseException as error:
             log.critical("the engine failed in step %d", self.engine.steps, exc_info=error)
             self._failure = error
-            self._on_death(error)
+            try:
+                self._tell()
+            finally:
+                self._on_death(error)
 
     def _take_inbox(self) -> bool:
         """Take in what has come, waiting for it if there is nothing to do; False to stop."""
         while not (self._inbox.empty() and self.engine.has_work):
+            if not self.engine.has_work:
+                self._tell()
             item = self._inbox.get()
             if isinstance(item, Stop):
+                self._tell()
                 return False
-            self._tell(self._take(item))
+            self._untold += self._take(item)
         return True
 
     def _take(self, item: Request | Abort) -> Events:
@@ -127,7 +138,13 @@ class EngineThread:
             return [(item.request_id, RequestFailed(EngineFailed("the request could not be queued")))]
         return []
 
-    def _tell(self, events: Events) -> None:
+    def _tell(self) -> None:
+        """Report what has happened: as a step is about to be computed, so that whoever is told can work meanwhile.
+
+        The interpreter has one lock, and native code gives it up. Told at once, the event loop would take it from
+        this thread while that prepares the next step.
+        """
+        events, self._untold = self._untold, []
         if not events:
             return
         self.engine.observed.take(events)

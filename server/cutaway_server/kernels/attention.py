@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def paged_attention(config: ModelConfig, layer: int, q: Tensor, plan: Plan, page
     state = _State.empty(tiled)
     for split in plan.splits[config.layers[layer].window]:
         for part in _parts(split, tiled.shape[0]):
-            keys, values = (_gather(p[layer], part) for p in (pages.keys, pages.values))
+            keys, values = (_gather(read, layer, part) for read in (pages.keys_of, pages.values_of))
             if part.beyond is not None:
                 values.masked_fill_(part.beyond, 0.0)  # 0 x garbage must be 0
             state.merge(part.tiles, _scores(config, tiled, keys, part), values)
@@ -43,7 +45,7 @@ def attention_rows(
     batch = plan.batch
     sequences = torch.searchsorted(batch.query_starts, rows, right=True) - 1
     table = batch.block_table[sequences]
-    keys = pages.keys[layer][table, heads[:, None] // config.group].flatten(1, 2).float()
+    keys = pages.keys_of(layer, (table, heads[:, None] // config.group)).flatten(1, 2)
     scores = soft_cap((keys @ q[rows, heads].unsqueeze(-1)).squeeze(-1) * config.scale, config.attention_softcap)
     places = torch.arange(keys.shape[1], device=q.device)
     queries = batch.positions[rows, None]
@@ -110,12 +112,10 @@ def _parts(split: Split, n_tiles: int) -> list[_Part]:
     return [_Part(split, start, min(start + TILES_AT_ONCE, n)) for start in range(0, n, TILES_AT_ONCE)]
 
 
-def _gather(pages: Tensor, part: _Part) -> Tensor:
+def _gather(read: Callable[[int, Tensor], Tensor], layer: int, part: _Part) -> Tensor:
     """One layer's pages [pages, kv_heads, page_size, d] to fp32 [n, kv_heads, SPLIT, d], a copy."""
-    found = pages[part.pages].transpose(1, 2)  # [n, kv_heads, pages of a split, page_size, d]
-    return found.to(torch.float32, memory_format=torch.contiguous_format).reshape(
-        *found.shape[:2], SPLIT, found.shape[-1]
-    )
+    found = read(layer, part.pages).transpose(1, 2)  # [n, kv_heads, pages of a split, page_size, d]
+    return found.contiguous().reshape(*found.shape[:2], SPLIT, found.shape[-1])
 
 
 def _scores(config: ModelConfig, tiled: Tensor, keys: Tensor, part: _Part) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -29,3 +30,19 @@ class Batch:
     def n_rows(self) -> int:
         """T."""
         return self.token_ids.shape[0]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device, in one copy that the host does not wait for."""
+        if self.token_ids.device == device:
+            return self
+        parts = (
+            self.token_ids, self.positions, self.slots, self.store, self.query_starts, self.lengths, self.block_table,
+            self.logit_rows,
+        )  # fmt: skip
+        joined = torch.cat([part.reshape(-1).long() for part in parts])
+        moved = torch.split(joined.pin_memory().to(device, non_blocking=True), [part.numel() for part in parts])
+        ids, positions, slots, store, starts, lengths, table, rows = moved
+        return Batch(
+            ids, positions, slots, store.bool(), starts, lengths, table.view(self.block_table.shape), rows,
+            self.page_size,
+        )  # fmt: skip

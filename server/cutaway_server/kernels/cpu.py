@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cutaway_server.architecture import ModelConfig
+from cutaway_server.architecture import ModelConfig, Rope
 from cutaway_server.cache.pages import Pages
 from cutaway_server.kernels import attention
 from cutaway_server.kernels.batch import Batch
-from cutaway_server.kernels.library import CLayer, CMatrix, CNorm, COpenNorm, CPages, CShape, CStep, Library
+from cutaway_server.kernels.library import CLayer, CMatrix, CNorm, COpenNorm, CPages, CRotations, CShape, CStep, Library
 from cutaway_server.kernels.packing import Packed, pack, pack_gated
 from cutaway_server.kernels.plan import Plan, all_frequencies, rotations
 from cutaway_server.kernels.reference import Added, AttentionInput, MlpInput, Normed
@@ -25,6 +26,7 @@ from cutaway_server.kernels.weights import LayerWeights, Norm, Weights
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 QK_NORMS = ("none", "head", "full")
 DTYPES = (torch.bfloat16, torch.float32)
+PAGE_FORMATS = (torch.float32, torch.bfloat16, torch.int8)  # as native/interface.h numbers them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,8 @@ class CpuPlan(Plan):
 
     step: CStep
     at: int  # where `step` is
+    turns: ctypes.Array[CRotations]  # of each layer
+    turns_at: tuple[int, ...]
     held: tuple[Tensor, ...]  # what `step` points at
 
 
@@ -61,10 +65,12 @@ class CpuKernels:
         self._embed = None if self._tied else weights.embed
         self._positions = weights.positions
         self._shape = _shape(config, self._dtype, threads or torch.get_num_threads())
-        self._layers = [self._layer(i, layer) for i, layer in enumerate(weights.layers)]
-        self._layer_at = [ctypes.addressof(layer) for layer in self._layers]
+        layers = [self._layer(i, layer) for i, layer in enumerate(weights.layers)]
+        self._all_layers = (CLayer * len(layers))(*layers)
+        self._layer_at = _addresses(self._all_layers)
         self._shape_at = ctypes.addressof(self._shape)
         self._final = (self._matrix(self._unembed), self._norm(weights.final_norm))
+        self._layers = library.operation(variant, "layers")
         self._attention_input = library.operation(variant, "attention_input")
         self._paged_attention = library.operation(variant, "paged_attention")
         self._attention_output = library.operation(variant, "attention_output")
@@ -79,7 +85,11 @@ class CpuKernels:
         step = CStep(*(t.data_ptr() for t in held), batch.n_rows, len(batch.query_starts) - 1, table.stride(0))
         none = batch.positions[:0]
         turned = rotations(self.config, self.frequencies, batch.positions)
-        return CpuPlan(batch, none, none, {}, turned, step=step, at=ctypes.addressof(step), held=held)
+        turns = (CRotations * self.config.n_layers)(*(_rotations(turned, here.rope) for here in self.config.layers))
+        return CpuPlan(
+            batch, none, none, {}, turned, step=step, at=ctypes.addressof(step), turns=turns,
+            turns_at=_addresses(turns), held=held,
+        )  # fmt: skip
 
     def embed(self, plan: Plan) -> Tensor:
         """Token (and learned position) embeddings: the first residual [T, d_model]."""
@@ -89,6 +99,19 @@ class CpuKernels:
         if self._positions is not None:
             residual = residual + F.embedding(plan.batch.positions, self._positions).float()
         return residual
+
+    def layers(self, first: int, stop: int, residual: Tensor, plan: Plan, pages: Pages) -> Tensor:
+        """Layers [first, stop), in which nobody looks or edits: the operations below, in order, and their bits."""
+        assert isinstance(plan, CpuPlan)
+        residual = _plain(residual)
+        if first == stop:
+            return residual
+        out = torch.empty_like(residual)
+        self._layers(
+            self._shape_at, self._layer_at[0], self._pages.at(pages, 0), plan.at, plan.turns_at[0], first, stop,
+            residual.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
+        return out
 
     def attention_input(self, layer: int, residual: Tensor, plan: Plan, pages: Pages) -> Tensor:
         """Norm, QKV, QK-norm, rotation; stores K and V; queries [T, heads, d_head]."""
@@ -110,12 +133,10 @@ class CpuKernels:
     ) -> Tensor:  # fmt: skip
         assert isinstance(plan, CpuPlan)
         residual = _plain(residual)
-        rope = self.config.layers[layer].rope
-        cos, sin = (None, None) if rope is None else plan.rotations[rope]
         q = residual.new_empty(len(residual), self.config.n_heads, self.config.d_head)
         self._attention_input(
-            self._shape_at, self._layer_at[layer], pages, plan.at, residual.data_ptr(), _at(cos),
-            _at(sin), q.data_ptr(), _at(joined), _at(rot_k), _places(norm),
+            self._shape_at, self._layer_at[layer], pages, plan.at, residual.data_ptr(),
+            plan.turns_at[layer], q.data_ptr(), _at(joined), _at(rot_k), _places(norm),
         )  # fmt: skip
         return q
 
@@ -272,25 +293,36 @@ class _PagesOfLayers:
 
     def __init__(self) -> None:
         self._pages: Pages | None = None
-        self._structs: list[CPages] = []
-        self._at: list[int] = []
+        self._structs: ctypes.Array[CPages] | None = None
+        self._at: tuple[int, ...] = ()
 
     def at(self, pages: Pages, layer: int) -> int:
         """The address of one layer's struct."""
         if pages is not self._pages:
-            self._pages, self._structs = (
-                pages,
-                [_struct(*layers) for layers in zip(pages.keys, pages.values, strict=True)],
-            )
-            self._at = [ctypes.addressof(struct) for struct in self._structs]
+            structs = [_struct(pages, layer) for layer in range(len(pages.keys))]
+            self._pages, self._structs = pages, (CPages * len(structs))(*structs)
+            self._at = _addresses(self._structs)
         return self._at[layer]
 
 
-def _struct(keys: Tensor, values: Tensor) -> CPages:
-    assert keys.is_contiguous()
-    assert values.is_contiguous()
-    assert keys.dtype in DTYPES
-    return CPages(keys.data_ptr(), values.data_ptr(), keys.shape[2], keys.dtype == torch.bfloat16)
+def _struct(pages: Pages, layer: int) -> CPages:
+    parts = [pages.keys, pages.values, pages.key_scales, pages.value_scales]
+    assert all(part is None or part.is_contiguous() for part in parts)
+    at = (None if part is None else part[layer].data_ptr() for part in parts)
+    return CPages(*at, pages.page_size, PAGE_FORMATS.index(pages.keys.dtype))
+
+
+def _rotations(turned: dict[Rope, tuple[Tensor, Tensor]], rope: Rope | None) -> CRotations:
+    if rope is None:
+        return CRotations()
+    assert all(t.is_contiguous() for t in turned[rope])
+    return CRotations(*(t.data_ptr() for t in turned[rope]))
+
+
+def _addresses(structs: ctypes.Array[Any]) -> tuple[int, ...]:
+    """Where each struct of an array is."""
+    start, each = ctypes.addressof(structs), ctypes.sizeof(structs._type_)
+    return tuple(start + each * i for i in range(len(structs)))
 
 
 def _plain(x: Tensor) -> Tensor:

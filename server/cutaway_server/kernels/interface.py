@@ -27,6 +27,9 @@ class Kernels(Protocol):
     def embed(self, plan: Plan) -> Tensor:
         """Token (and learned position) embeddings: the first residual [T, d_model]."""
 
+    def layers(self, first: int, stop: int, residual: Tensor, plan: Plan, pages: Pages) -> Tensor:
+        """Layers [first, stop), in which nobody looks or edits: the operations below, in order, and their bits."""
+
     def attention_input(self, layer: int, residual: Tensor, plan: Plan, pages: Pages) -> Tensor:
         """Norm, QKV, QK-norm, rotation; stores K and V; queries [T, heads, d_head]."""
 

@@ -53,7 +53,10 @@ class CLayer(ctypes.Structure):
 class CPages(ctypes.Structure):
     """Native `Pages`."""
 
-    _fields_: ClassVar = [("keys", c_void_p), ("values", c_void_p), ("page_size", c_int64), ("bf16", c_int64)]
+    _fields_: ClassVar = [
+        ("keys", c_void_p), ("values", c_void_p), ("key_scales", c_void_p), ("value_scales", c_void_p),
+        ("page_size", c_int64), ("format", c_int64),
+    ]  # fmt: skip
 
 
 class CStep(ctypes.Structure):
@@ -65,6 +68,12 @@ class CStep(ctypes.Structure):
     ]  # fmt: skip
 
 
+class CRotations(ctypes.Structure):
+    """Native `Rotations`."""
+
+    _fields_: ClassVar = [("cosines", c_void_p), ("sines", c_void_p)]
+
+
 class COpenNorm(ctypes.Structure):
     """Native `OpenNorm`."""
 
@@ -73,7 +82,8 @@ class COpenNorm(ctypes.Structure):
 
 P, N = c_void_p, c_int64
 SIGNATURES: dict[str, tuple[type[c_void_p] | type[c_int64], ...]] = {
-    "attention_input": (P, P, P, P, P, P, P, P, P, P, P),
+    "layers": (P, P, P, P, P, N, N, P, P),
+    "attention_input": (P, P, P, P, P, P, P, P, P, P),
     "paged_attention": (P, P, P, P, P, P, P),
     "attention_output": (P, P, N, P, P, P, P, P),
     "mlp_input": (P, P, N, P, P, P, P, P),

@@ -83,6 +83,16 @@ class ReferenceKernels:
             residual = residual + F.embedding(plan.batch.positions, self.weights.positions).float()
         return residual
 
+    def layers(self, first: int, stop: int, residual: Tensor, plan: Plan, pages: Pages) -> Tensor:
+        """Layers [first, stop), in which nobody looks or edits: the operations below, in order."""
+        for layer in range(first, stop):
+            q = self.attention_input(layer, residual, plan, pages)
+            z, _ = self.paged_attention(layer, q, plan, pages)
+            residual = self.attention_output(layer, z, residual)
+            hidden = self.mlp_input(layer, residual)
+            residual = self.mlp_output(layer, hidden, residual)
+        return residual
+
     def open_attention_input(self, layer: int, residual: Tensor, plan: Plan) -> AttentionInput:
         """Norm, QKV, QK-norm, rotation: every value."""
         config, w = self.config, self.weights.layers[layer]
@@ -105,9 +115,7 @@ class ReferenceKernels:
 
     def store(self, layer: int, values: AttentionInput, plan: Plan, pages: Pages) -> None:
         """Write K and V where the batch says; rows that are revisited write to page 0, which nobody reads."""
-        page, offset = plan.batch.slots // pages.page_size, plan.batch.slots % pages.page_size
-        pages.keys[layer][page, :, offset] = values.rot_k.to(pages.keys.dtype)
-        pages.values[layer][page, :, offset] = values.v.to(pages.values.dtype)
+        pages.store(layer, plan.batch.slots, values.rot_k, values.v)
 
     def paged_attention(self, layer: int, q: Tensor, plan: Plan, pages: Pages) -> tuple[Tensor, Tensor]:
         """Attention over the stored keys: z [T, heads, d_head] and the log-sum-exp of the scores [T, heads]."""

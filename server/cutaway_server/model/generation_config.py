@@ -1,8 +1,7 @@
 """generation_config.json: what it sets that this server follows, and what it sets that nobody here does.
 
-Followed as defaults: the numbers in `_NUMBERS`, top_k and stop_strings; the end tokens are read beside config.json's.
-Not followed, though a counterpart seems near, and warned about:
-- do_sample=false: temperature says it all here, as in vLLM; ask for temperature 0.
+Followed as defaults: the numbers in `_NUMBERS`, top_k, stop_strings, and do_sample=false as temperature 0; the end
+tokens are read beside config.json's. Not followed, though a counterpart seems near, and warned about:
 - max_new_tokens, min_new_tokens: as defaults they would refuse long prompts and small max_tokens.
 - bad_words_ids, suppress_tokens: they are ids, and bad words here are texts.
 """
@@ -18,7 +17,7 @@ from cutaway_server.request import SamplingOptions, resolve_sampling
 log = logging.getLogger(__name__)
 
 _NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty")
-_FOLLOWED = frozenset({*_NUMBERS, "top_k", "stop_strings", "eos_token_id"})
+_FOLLOWED = frozenset({*_NUMBERS, "do_sample", "top_k", "stop_strings", "eos_token_id"})
 # They say how transformers computes, or nothing unless another key (such as num_beams) is set: not which tokens come.
 _WITHOUT_EFFECT = frozenset({
     "_from_model_config", "transformers_version", "bos_token_id", "pad_token_id", "decoder_start_token_id",
@@ -40,8 +39,11 @@ def sampling_defaults(generation: Fields) -> SamplingOptions:
     Raises:
         ModelError: one of them breaks a request's rules.
     """
+    numbers = {key: generation.number(key) for key in _NUMBERS if generation.has(key)}
+    if generation.values.get("do_sample") is False:
+        numbers["temperature"] = 0.0  # whatever it says of the temperature it would not use
     defaults = SamplingOptions(
-        **{key: generation.number(key) for key in _NUMBERS if generation.has(key)},  # type: ignore[arg-type]
+        **numbers,  # type: ignore[arg-type]
         top_k=_top_k(generation),
         stop=_stop_strings(generation),
     )
@@ -66,8 +68,6 @@ def warn_of_the_rest(generation: Fields, max_context: int) -> None:
 def _is_neutral(key: str, value: object, max_context: int) -> bool:
     if key in _FOLLOWED or key in _WITHOUT_EFFECT or value is None:
         return True
-    if key == "do_sample":
-        return value is True
     if key == "max_length":
         return isinstance(value, int) and value >= max_context
     return value == 1 if key in _ONE_IS_NEUTRAL else not value and key not in _IDS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,17 +20,16 @@ class Transformer:
         self.config = kernels.config
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, pages: Pages) -> Tensor:
-        """Compute a step: stores K and V in `pages`, returns the last residual [R, d_model] of the rows asked for."""
+    def forward(self, batch: Batch, pages: Pages, before_layers: Callable[[], None] = lambda: None) -> Tensor:
+        """Compute a step: stores K and V in `pages`, returns the last residual [R, d_model] of the rows asked for.
+
+        `before_layers` is called when all is prepared and the long computation begins.
+        """
         kernels = self.kernels
         plan = kernels.plan(batch)
         residual = kernels.embed(plan)
-        for layer in range(self.config.n_layers):
-            q = kernels.attention_input(layer, residual, plan, pages)
-            z, _ = kernels.paged_attention(layer, q, plan, pages)
-            residual = kernels.attention_output(layer, z, residual)
-            hidden = kernels.mlp_input(layer, residual)
-            residual = kernels.mlp_output(layer, hidden, residual)
+        before_layers()
+        residual = kernels.layers(0, self.config.n_layers, residual, plan, pages)
         return residual[batch.logit_rows]
 
     @torch.inference_mode()

@@ -15,10 +15,19 @@ vocabulary alone decides, all others are sums of integers, and who takes which p
 """
 
 from cutaway_server.sampler.batch import SampledBatch, SamplingBatch
-from cutaway_server.sampler.build import build_batch
+from cutaway_server.sampler.build import BatchMaker, build_batch
 from cutaway_server.sampler.choose import sample
 from cutaway_server.sampler.logprobs import log_probabilities
 from cutaway_server.sampler.philox import uniforms
 from cutaway_server.sampler.state import SamplerState
 
-__all__ = ["SampledBatch", "SamplerState", "SamplingBatch", "build_batch", "log_probabilities", "sample", "uniforms"]
+__all__ = [
+    "BatchMaker",
+    "SampledBatch",
+    "SamplerState",
+    "SamplingBatch",
+    "build_batch",
+    "log_probabilities",
+    "sample",
+    "uniforms",
+]

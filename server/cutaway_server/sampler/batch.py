@@ -67,6 +67,11 @@ class Paths:
     any_min_p: bool
     any_typical_p: bool
 
+    @property
+    def drawing(self) -> bool:
+        """Whether any row is chosen by a random number."""
+        return self.plain is not None or self.short is not None or self.long is not None
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:

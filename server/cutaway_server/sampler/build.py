@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -10,6 +11,31 @@ from torch import Tensor
 
 from cutaway_server.sampler.batch import Banned, Biases, Parameters, Paths, SamplingBatch, Seen
 from cutaway_server.sampler.state import FLOATS, Integers, Path, SamplerState
+
+
+class BatchMaker:
+    """Lays out one step after another. While the completions stay the same, nothing but their positions is laid out.
+
+    Where nobody draws, positions are of no use and stay as they were.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size = vocab_size
+        self._device = device
+        self._states: list[SamplerState] = []
+        self._batch: SamplingBatch | None = None
+
+    def make(self, states: list[SamplerState], positions: Sequence[int]) -> SamplingBatch:
+        """One row per state; see `build_batch`."""
+        if self._batch is None or states != self._states:
+            batch = build_batch(states, positions, self._vocab_size, self._device)
+            lasting = not any(state.past_matters for state in states)
+            self._states, self._batch = states, batch if lasting else None
+            return batch
+        if not self._batch.paths.drawing:
+            return self._batch
+        moved = torch.tensor(positions).to(self._device, non_blocking=True)
+        return replace(self._batch, parameters=replace(self._batch.parameters, positions=moved))
 
 
 def build_batch(

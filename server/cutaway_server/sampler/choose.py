@@ -7,10 +7,10 @@ from torch import Tensor
 
 from cutaway_server.sampler.adjust import adjust
 from cutaway_server.sampler.batch import SampledBatch, SamplingBatch
-from cutaway_server.sampler.draw import distances, draw, invert
+from cutaway_server.sampler.draw import distances, draw, invert, likelihoods
 from cutaway_server.sampler.filters import Filters, keep, keep_k
 from cutaway_server.sampler.logprobs import log_probabilities
-from cutaway_server.sampler.order import HISTOGRAM, least
+from cutaway_server.sampler.order import HISTOGRAM, highest_places, least
 from cutaway_server.sampler.philox import uniforms
 
 # Filtering takes some twenty temporaries of its rows, so rows go in parts of this many elements: what stays in the
@@ -27,30 +27,30 @@ def sample(logits: Tensor, batch: SamplingBatch) -> SampledBatch:
     """
     logits = logits.float()
     adjusted = adjust(logits, batch)
-    highest = adjusted.amax(1)
-    sound = highest if adjusted is logits else logits.amax(1)
-    valid = (sound < torch.inf) & (highest > -torch.inf)  # amax hands NaN on, and NaN compares False
-    tokens = torch.where(valid, _choose(adjusted, highest, batch), 0)
+    likeliest = highest_places(adjusted)
+    highest = adjusted.gather(1, likeliest[:, None]).squeeze(1)
+    valid = highest.abs() < torch.inf  # the highest of a row with NaN is NaN, which compares False
+    if adjusted is not logits:
+        valid &= logits.amax(1) < torch.inf
+    tokens = torch.where(valid, _choose(adjusted, likeliest, highest, batch), 0)
     return SampledBatch(tokens, valid, *_score(logits, tokens, batch))
 
 
-def _choose(logits: Tensor, highest: Tensor, batch: SamplingBatch) -> Tensor:
+def _choose(logits: Tensor, likeliest: Tensor, highest: Tensor, batch: SamplingBatch) -> Tensor:
     parameters, paths = batch.parameters, batch.paths
-    tokens = torch.zeros_like(parameters.positions)
-    if paths.greedy is not None:
-        tokens[paths.greedy] = _pick(logits, paths.greedy).argmax(1)
-    if paths.plain is None and paths.short is None and paths.long is None:
-        return tokens
+    if not paths.drawing:
+        return likeliest
+    tokens = likeliest.clone()
     uniform = uniforms(parameters.seeds, parameters.indices, parameters.positions)
-    for rows, path in ((paths.plain, _plain), (paths.short, _short), (paths.long, _long)):
+    if (rows := paths.plain) is not None:
+        temperature = _pick(parameters.temperature, rows)
+        likelihood = likelihoods(_pick(logits, rows), _pick(highest, rows), temperature)
+        tokens[rows] = draw(likelihood, _pick(uniform, rows))
+    for rows, path in ((paths.short, _short), (paths.long, _long)):
         if rows is not None:
             below = distances(_pick(logits, rows), _pick(highest, rows), _pick(parameters.temperature, rows))
             tokens[rows] = path(below, _pick(uniform, rows), rows, batch)
     return tokens
-
-
-def _plain(below: Tensor, uniform: Tensor, _rows: Tensor, _batch: SamplingBatch) -> Tensor:
-    return draw(below.neg_().exp_(), uniform)
 
 
 def _short(below: Tensor, uniform: Tensor, rows: Tensor, batch: SamplingBatch) -> Tensor:

@@ -22,6 +22,11 @@ def distances(logits: Tensor, highest: Tensor, temperature: Tensor) -> Tensor:
     return below.div_(temperature.float()[:, None]).abs_()  # abs: no minus zero
 
 
+def likelihoods(logits: Tensor, highest: Tensor, temperature: Tensor) -> Tensor:
+    """exp(-distances), in fewer passes: fp32 [R, V], 0 to 1."""
+    return (logits - highest[:, None]).div_(temperature.float()[:, None]).exp_()
+
+
 def blocks(likelihood: Tensor) -> Tensor:
     """fp32 [R, V] as [R, ceil(V / BLOCK), BLOCK], with zeros at the end."""
     missing = -likelihood.shape[1] % BLOCK

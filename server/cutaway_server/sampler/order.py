@@ -1,4 +1,4 @@
-"""The least and the nearest of each row. Among equals lower ids come first: one rule, whatever the algorithm."""
+"""The highest, least and nearest of each row. Among equals lower ids come first: one rule, whatever the algorithm."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from torch import Tensor
 # A float of no sign has 31 bits, which order as it does: three digits, highest first, as (shift, bits).
 DIGITS = ((20, 11), (10, 10), (0, 10))
 HISTOGRAM = 2**11  # entries per row at most
+
+
+def highest_places(values: Tensor) -> Tensor:
+    """The place of each row's highest of fp32 values [R, N], or of its first NaN: int64 [R]."""
+    if values.device.type == "cpu":  # numpy's is vectorised: 0.5 ms for 64 rows of 49,152, where torch's takes 2.2
+        return torch.from_numpy(values.detach().numpy().argmax(1))
+    return values.argmax(1)
 
 
 def least(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

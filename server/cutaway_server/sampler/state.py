@@ -52,10 +52,16 @@ class SamplerState:
         self._reach = max((len(word) - 1 for word in sampling.bad_words), default=0)  # how far back they look
         self._tail = self._last(tuple(prompt))
 
+    @property
+    def past_matters(self) -> bool:
+        """Whether what a step is asked changes with the tokens so far, and not only with their number."""
+        return self.seen is not None or bool(self._words) or self._length < self.sampling.min_tokens
+
     def append(self, token: int) -> None:
         """Take a drawn token into the past."""
         self._length += 1
-        self._tail = self._last((*self._tail, token))
+        if self._reach:
+            self._tail = self._last((*self._tail, token))
         if self.seen is not None:
             self.seen.add(token)
 

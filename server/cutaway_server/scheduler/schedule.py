@@ -36,6 +36,12 @@ class Schedule:
     preempted: tuple[Sequence, ...] = ()  # lost their blocks, and wait to be recomputed
     expired: tuple[Sequence, ...] = ()  # their deadline has passed
     exhausted: tuple[Sequence, ...] = ()  # ran alone and outgrew the whole pool: they end for LENGTH
+    decodes: int = 0  # so many of its rows are decodes; all others are of prompts
+
+    @property
+    def prompt_rows(self) -> int:
+        """Rows of prompts."""
+        return sum([work.stop - work.start for work in self.work]) - self.decodes
 
 
 @dataclass(slots=True)
@@ -43,6 +49,7 @@ class Draft:
     """A schedule in the making."""
 
     budget: int  # rows left
+    decodes: int = 0
     work: list[Work] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     started: list[tuple[Sequence, int]] = field(default_factory=list)
@@ -66,4 +73,5 @@ class Draft:
             preempted=tuple(self.preempted),
             expired=tuple(self.expired),
             exhausted=tuple(self.exhausted),
+            decodes=self.decodes,
         )

@@ -6,7 +6,8 @@ overtakes. In each step
 
 1.  what is past its deadline ends;
 2.  each running sequence gets the blocks it will write, if need be by preempting the youngest;
-3.  decodes, which need one row each, get it: no prompt stalls them;
+3.  decodes, which need one row each, get it: no prompt stalls them; where there are any, prompts get no more of the
+    token budget than `pace.py` finds fair;
 4.  the oldest prompt gets the rest of the token budget, but for a quarter that younger prompts may take and waiting
     sequences may be admitted with, so that a short question does not wait for a long one to be read;
 5.  who is admitted gets blocks for all its tokens at once, so that no prompt that has begun waits for blocks in its
@@ -24,6 +25,7 @@ from cutaway_server.cache.blocks import BlockPool
 from cutaway_server.errors import InvalidField, QueueFull
 from cutaway_server.request import Request
 from cutaway_server.scheduler.invariants import check_ownership
+from cutaway_server.scheduler.pace import Pace
 from cutaway_server.scheduler.prefix import PrefixCache
 from cutaway_server.scheduler.schedule import Draft, Schedule
 from cutaway_server.scheduler.sequence import Sequence
@@ -44,6 +46,7 @@ class Scheduler:
         max_queued: int,
         max_context: int,
         prefix_caching: bool = True,
+        max_stretch: float = 1.8,
     ) -> None:
         assert min(max_batch_tokens, max_running, max_queued, max_context) >= 1
         self.pool = pool
@@ -51,6 +54,7 @@ class Scheduler:
         self.max_running = max_running  # completions, so a request for n of them counts n times
         self.max_queued = max_queued
         self.max_context = max_context
+        self.pace = Pace(max_stretch)
         self._prefix = PrefixCache(pool, enabled=prefix_caching)
         self.running: list[Sequence] = []  # oldest first
         self.waiting: list[Sequence] = []  # oldest first, and all younger than those running
@@ -127,15 +131,19 @@ class Scheduler:
         draft = Draft(self.max_batch_tokens)
         self._expire(now, draft)
         self._reserve(draft)
-        prompts = [sequence for sequence in self.running if sequence.pending > 1]
+        prompts = []
         for sequence in self.running:
-            if sequence.pending <= 1:
+            if sequence.pending > 1:
+                prompts.append(sequence)
+            else:
                 draft.give_rows(sequence)
+        draft.decodes = len(draft.work)
+        draft.budget = self.pace.prompt_rows(draft.decodes, len(prompts) + len(self.waiting), draft.budget)
         kept = min(prompts[0].pending, draft.budget - draft.budget // YOUNGER_SHARE) if prompts else 0
         draft.budget -= kept
         for sequence in prompts[1:]:
             draft.give_rows(sequence)
-        if not draft.preempted:
+        if self.waiting and not draft.preempted:
             self._admit(draft)
         draft.budget += kept
         for sequence in prompts[:1]:
@@ -149,17 +157,31 @@ class Scheduler:
             if sequence.finished:
                 continue
             assert sequence.next == work.start, "a schedule is completed once, before the next is made"
-            full = sequence.stored // self.pool.page_size
+            assert not sequence.promised, "nobody knows what was computed"
             sequence.next = work.stop
-            sequence.stored = max(sequence.stored, work.stop)
-            sequence.scored = max(sequence.scored, min(work.stop, sequence.prompt_length))
-            self._prefix.publish(sequence, full)
+            if work.start < sequence.prompt_length:
+                sequence.scored = max(sequence.scored, min(work.stop, sequence.prompt_length))
+            if work.stop > work.stored:
+                sequence.stored = work.stop
+                self._prefix.publish(sequence, work.stored // self.pool.page_size)
 
     def append(self, sequence: Sequence, token: int) -> None:
-        """Commit a sampled token, to be computed next."""
+        """Commit a sampled token, to be computed next, or make known the one that was promised."""
         assert not sequence.finished
+        if sequence.promised:
+            sequence.tokens[-1] = token
+            sequence.promised = False
+            return
         assert sequence.pending == 0, "a token is sampled when all before it are computed"
         sequence.tokens.append(token)
+
+    def promise(self, sequence: Sequence) -> None:
+        """Take the place of a token that is being drawn, so that the step after can be scheduled before it is known.
+
+        `append` makes it known. Until then no step that reads it may be completed: its blocks would be published.
+        """
+        self.append(sequence, 0)
+        sequence.promised = True
 
     def fork(self, sequence: Sequence, index: int) -> Sequence:
         """Start completion `index` where `sequence` stands: all computed, nothing appended. They share all blocks.
@@ -222,7 +244,9 @@ class Scheduler:
         turn = 0
         while turn < len(self.running):
             sequence = self.running[turn]
-            if self._make_room(sequence, draft):
+            if not self._missing(sequence):
+                turn += 1
+            elif self._make_room(sequence, draft):
                 self._grow(sequence, draft)
                 turn += 1
 
@@ -243,8 +267,9 @@ class Scheduler:
         return True
 
     def _missing(self, sequence: Sequence) -> int:
+        """Blocks to take before its next rows are stored."""
         grown = self._pages(len(sequence.tokens)) - len(sequence.blocks)
-        return grown + 1 if self._writes_shared(sequence) else grown
+        return grown + 1 if sequence.request.sampling.n > 1 and self._writes_shared(sequence) else grown
 
     def _writes_shared(self, sequence: Sequence) -> bool:
         """Whether the block of the next position to store is someone else's too: only forks share a partial block."""
@@ -256,7 +281,7 @@ class Scheduler:
         if self._writes_shared(sequence):
             tail = sequence.stored // self.pool.page_size
             shared, own = sequence.blocks[tail], self.pool.take()
-            sequence.blocks[tail] = own
+            sequence.blocks = [*sequence.blocks[:tail], own, *sequence.blocks[tail + 1 :]]
             self.pool.release(shared)
             draft.copies.append((shared, own))
         for _ in range(self._pages(len(sequence.tokens)) - len(sequence.blocks)):

@@ -20,11 +20,12 @@ class Sequence:
     order: tuple[int, int]  # arrival number and index: the smaller, the older
     tokens: list[int]  # prompt and output
     slots: int = 1  # completions it stands for: `sampling.n` until it is forked
-    blocks: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)  # grows in place; any other change is a new list
     stored: int = 0  # positions [0, stored) have K/V in its blocks
     next: int = 0  # the next position to compute a row for: below `stored` while it revisits
     scored: int = 0  # prompt rows [0, scored) were computed once, so their log-probabilities were delivered
     finished: bool = False
+    promised: bool = False  # its last token is being drawn: the place is taken, what it is is not known yet
     preemptions: int = 0
     digests: list[bytes] = field(default_factory=list)  # of its full blocks; grows with the tokens
 

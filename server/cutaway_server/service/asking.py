@@ -21,7 +21,7 @@ from cutaway_server.request import (
 )  # fmt: skip
 from cutaway_server.service.outbox import token_size
 from cutaway_server.service.reply import Asked
-from cutaway_server.service.texts import encode_chat, encode_text, is_set, token_ids
+from cutaway_server.service.texts import check_flags, encode_chat, encode_text, is_set, token_ids
 from cutaway_server.service.tokens import sampling_options, wire_token
 from cutaway_server.text.stream import CompletionText, StreamDecoder, stop_texts
 from cutaway_server.text.tokenizer import TextModel
@@ -92,6 +92,7 @@ def _name(asked: str) -> str:
 
 def _prompt(message: v1.GenerateRequest, model: TextModel, limits: Limits) -> tuple[int, ...]:
     ids: Sequence[int]
+    check_flags(message)
     match message.WhichOneof("prompt"):
         case "text":
             ids = encode_text(message, model, limits.max_prompt_bytes).ids

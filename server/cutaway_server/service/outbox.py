@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cutaway.v1 import inference_pb2 as v1
 
@@ -26,17 +26,31 @@ class Shared:
     size: int
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Waiting:
-    """A message that waits: a delta may still grow."""
+    """A message that waits."""
 
     message: v1.GenerateResponse
+    size: int
+
+
+@dataclass(slots=True)
+class _WaitingTokens:
+    """A delta that may still grow, and is made when it is sent."""
+
+    index: int
+    tokens: list[v1.Token] = field(default_factory=list)
     size: int = 0
+
+    @property
+    def message(self) -> v1.GenerateResponse:
+        text = "".join([token.text for token in self.tokens])
+        return v1.GenerateResponse(delta=v1.Delta(index=self.index, text=text, tokens=self.tokens))
 
 
 @dataclass(frozen=True, slots=True)
 class _WaitingCopy:
-    """A message that is made only when it is sent: `tail` joins its last token."""
+    """A delta that is made only when it is sent: `tail` joins its last token."""
 
     shared: v1.Delta
     size: int
@@ -48,6 +62,7 @@ class _WaitingCopy:
         message = v1.GenerateResponse(delta=self.shared)
         message.delta.index = self.index
         message.delta.tokens[-1].text += self.tail
+        message.delta.text = "".join([token.text for token in message.delta.tokens])
         return message
 
 
@@ -57,8 +72,8 @@ class Outbox:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._waiting: deque[_Waiting | _WaitingCopy] = deque()
-        self._growing: dict[int, _Waiting] = {}  # by index of the completion
+        self._waiting: deque[_Waiting | _WaitingTokens | _WaitingCopy] = deque()
+        self._growing: dict[int, _WaitingTokens] = {}  # by index of the completion
         self._closed = False
         self._error: Exception | None = None
         self._news = asyncio.Event()
@@ -81,9 +96,9 @@ class Outbox:
         size = token_size(token)
         delta = self._growing.get(index)
         if delta is None or delta.size + size > MESSAGE_BYTES:
-            delta = self._growing[index] = _Waiting(v1.GenerateResponse(delta=v1.Delta(index=index)))
-            self._add(delta)
-        delta.message.delta.tokens.append(token)
+            delta = self._growing[index] = _WaitingTokens(index)
+            self._waiting.append(delta)
+        delta.tokens.append(token)
         delta.size += size
         self._account(size)
 
@@ -107,24 +122,18 @@ class Outbox:
         await self._news.wait()
         if not self._waiting and self._error is not None:
             raise self._error
-        messages = list(self._taken())
-        if not self._waiting and not self._closed:
-            self._news.clear()
-        for message in messages:
-            if message.delta.tokens:
-                message.delta.text = "".join(token.text for token in message.delta.tokens)
-        return messages
-
-    def _taken(self) -> Iterator[v1.GenerateResponse]:
+        messages: list[v1.GenerateResponse] = []
         size = 0
         while self._waiting and (size == 0 or size + self._waiting[0].size <= MESSAGE_BYTES):
             taken = self._waiting.popleft()
             size += taken.size
-            self._bytes -= taken.size
-            message = taken.message
-            if self._growing.get(message.delta.index) is taken:
-                del self._growing[message.delta.index]
-            yield message
+            if isinstance(taken, _WaitingTokens) and self._growing.get(taken.index) is taken:
+                del self._growing[taken.index]
+            messages.append(taken.message)
+        self._bytes -= size
+        if not self._waiting and not self._closed:
+            self._news.clear()
+        return messages
 
     def _add(self, waiting: _Waiting | _WaitingCopy) -> None:
         self._waiting.append(waiting)

@@ -21,6 +21,18 @@ def is_set(message: Input, name: str, *, default: bool) -> bool:
     return bool(getattr(message, name)) if message.HasField(name) else default  # type: ignore[arg-type]
 
 
+def check_flags(message: Input) -> None:
+    """Refuse what only says how plain text is read, where there is none.
+
+    Raises:
+        InvalidField: a flag is set that would do nothing.
+    """
+    kind = message.WhichOneof("prompt") if isinstance(message, v1.GenerateRequest) else message.WhichOneof("input")
+    for flag in ("parse_special_tokens", "add_special_tokens"):
+        if kind in ("chat", "token_ids") and message.HasField(flag):
+            raise InvalidField(flag, getattr(message, flag), f"is for a text, and must not be set with {kind}")
+
+
 def encode_text(message: Input, model: TextModel, max_bytes: int) -> Encoded:
     """The tokens of a message's plain text: of an empty one those that are added, which may be none.
 
@@ -81,6 +93,7 @@ def tokenize(message: v1.TokenizeRequest, model: TextModel, max_bytes: int) -> v
         InvalidField: there is nothing, or too much, to tokenise or to tell.
         Unsupported: no template, or merges of a tokenizer that has none.
     """
+    check_flags(message)
     match message.WhichOneof("input"):
         case "text":
             rendered, encoded = "", encode_text(message, model, max_bytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 
 @cache
@@ -19,6 +19,7 @@ def byte_of_letter() -> dict[str, int]:
     return {letter: byte for byte, letter in enumerate(letters())}
 
 
+@lru_cache(2**16)  # a stream of text asks about the same pieces again and again
 def spelled_bytes(piece: str) -> bytes | None:
     """The bytes that `piece` spells, or None if it has characters that spell none."""
     table = byte_of_letter()

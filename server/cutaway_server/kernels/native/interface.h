@@ -40,10 +40,13 @@ typedef struct {
     int64_t rope_dims, interleaved;
 } Layer;
 
+enum { PAGES_FP32, PAGES_BF16, PAGES_INT8 };
+
 typedef struct { /* of one layer: [pages][kv_heads][page_size][d_head] */
     void *keys, *values;
-    int64_t page_size;
-    int64_t bf16; /* else fp32 */
+    float *key_scales, *value_scales; /* [pages][kv_heads][page_size], of int8; else null */
+    int64_t page_size;                /* a multiple of 16 */
+    int64_t format;
 } Pages;
 
 typedef struct { /* rows of a flat batch */

@@ -1,28 +1,13 @@
-/* Products with packed matrices, 32 columns at a time. Every output is one accumulator over the depth, in order, whatever
-   the number of rows, the blocking and the thread: so a row never depends on its neighbours. */
+/* Products with packed matrices, TILE columns at a time: rows made ready, tasks, and what becomes of the sums. */
 #ifndef CUTAWAY_PRODUCT_H
 #define CUTAWAY_PRODUCT_H
 
-#include <stdlib.h>
-
 #include "interface.h"
+#include "multiply.h"
 #include "norm.h"
+#include "team.h"
 
-#if defined(CUTAWAY_AMX) || defined(__AVX512BF16__)
-typedef uint16_t Narrow; /* a row's element for a product with bf16 weights */
-#else
-typedef float Narrow; /* bf16 in value */
-#endif
-
-#if defined(__AVX512F__)
-enum { MOST_ROWS = 14, VECTORS = 2 };
-#elif defined(__AVX2__)
-enum { MOST_ROWS = 6, VECTORS = 2 };
-#else
-enum { MOST_ROWS = 2, VECTORS = 4 };
-#endif
-enum { TILE = 32, ROWS_AT_ONCE = 32, ROWS_A_TASK = 128 };
-enum { SMALL = 1 << 17 }; /* products below which waking a thread costs more than it saves */
+enum { ROWS_A_TASK = 128 };
 
 /* What becomes of a product: + bias, activation (and gate) or soft-cap, + residual. */
 typedef struct {
@@ -87,182 +72,6 @@ static void finish(const Matrix *w, const After *after, const float *tile, int64
             finish_plain(after, tile + r * TILE, bias, row + r, t * TILE);
 }
 
-/* Where vector `v` of column `c` starts: blocks of 16 columns lie `block` elements apart. */
-#define PLACE(c, v, block, each) (((c) + (v) * LANES) / 16 * (block) + ((c) + (v) * LANES) % 16 * (each))
-
-/* out [n][stride] (+)= x [n][step] times packed fp32 columns c... */
-INLINE void multiply_fp32(
-    const int n, const float *x, int64_t step, const float *w, int64_t block, int64_t c, int64_t depth, float *out,
-    int64_t stride, int add) {
-    Vector sums[MOST_ROWS][VECTORS];
-#pragma GCC unroll 16
-    for (int r = 0; r < n; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) sums[r][v] = add ? load(out + r * stride + c + v * LANES) : fill(0);
-    for (int64_t k = 0; k < depth; k++) {
-        Vector columns[VECTORS];
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) columns[v] = load(w + PLACE(c, v, block, 1) + k * 16);
-#pragma GCC unroll 16
-        for (int r = 0; r < n; r++) {
-            Vector value = fill(x[r * step + k]);
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) sums[r][v] = multiply_add(value, columns[v], sums[r][v]);
-        }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < n; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) store(out + r * stride + c + v * LANES, sums[r][v]);
-}
-
-#if !defined(CUTAWAY_AMX)
-/* The same with bf16 columns, whose depth lies in pairs. */
-INLINE void multiply_bf16(
-    const int n, const Narrow *x, int64_t step, const uint16_t *w, int64_t block, int64_t c, int64_t depth, float *out,
-    int64_t stride) {
-    Vector sums[MOST_ROWS][VECTORS];
-#pragma GCC unroll 16
-    for (int r = 0; r < n; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) sums[r][v] = fill(0);
-    for (int64_t k = 0; k < depth; k += 2) {
-        Bits pairs[VECTORS];
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) memcpy(&pairs[v], w + PLACE(c, v, block, 2) + k * 16, sizeof(Bits));
-#pragma GCC unroll 16
-        for (int r = 0; r < n; r++) {
-#if defined(__AVX512BF16__)
-            int32_t pair;
-            memcpy(&pair, x + r * step + k, sizeof pair);
-            __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++)
-                sums[r][v] = (Vector)_mm512_dpbf16_ps((__m512)sums[r][v], value, (__m512bh)pairs[v]);
-#else
-            Vector even = fill(x[r * step + k]), odd = fill(x[r * step + k + 1]);
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) {
-                sums[r][v] = multiply_add(even, (Vector)(pairs[v] << 16), sums[r][v]);
-                sums[r][v] = multiply_add(odd, (Vector)(pairs[v] & 0xffff0000u), sums[r][v]);
-            }
-#endif
-        }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < n; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) store(out + r * stride + c + v * LANES, sums[r][v]);
-}
-#endif
-
-/* Calls CALL(n) with a constant, so that the accumulators are registers. */
-#if defined(__AVX512F__)
-#define WITH_ROWS(n, CALL)                                                                                             \
-    switch (n) {                                                                                                       \
-        case 1: CALL(1); break;                                                                                        \
-        case 2: CALL(2); break;                                                                                        \
-        case 3: CALL(3); break;                                                                                        \
-        case 4: CALL(4); break;                                                                                        \
-        case 5: CALL(5); break;                                                                                        \
-        case 6: CALL(6); break;                                                                                        \
-        case 7: CALL(7); break;                                                                                        \
-        case 8: CALL(8); break;                                                                                        \
-        case 9: CALL(9); break;                                                                                        \
-        case 10: CALL(10); break;                                                                                      \
-        case 11: CALL(11); break;                                                                                      \
-        case 12: CALL(12); break;                                                                                      \
-        case 13: CALL(13); break;                                                                                      \
-        default: CALL(14);                                                                                             \
-    }
-#elif defined(__AVX2__)
-#define WITH_ROWS(n, CALL)                                                                                             \
-    switch (n) {                                                                                                       \
-        case 1: CALL(1); break;                                                                                        \
-        case 2: CALL(2); break;                                                                                        \
-        case 3: CALL(3); break;                                                                                        \
-        case 4: CALL(4); break;                                                                                        \
-        case 5: CALL(5); break;                                                                                        \
-        default: CALL(6);                                                                                              \
-    }
-#else
-#define WITH_ROWS(n, CALL)                                                                                             \
-    switch (n) {                                                                                                       \
-        case 1: CALL(1); break;                                                                                        \
-        default: CALL(2);                                                                                              \
-    }
-#endif
-
-/* The next rows to take of `left`: as even as MOST_ROWS allows. */
-INLINE int64_t next_rows(int64_t left) {
-    int64_t parts = (left + MOST_ROWS - 1) / MOST_ROWS;
-    return (left + parts - 1) / parts;
-}
-
-/* out [rows][stride] (+)= x [rows][step] times TILE packed fp32 columns. */
-static void tile_fp32(
-    const float *x, int64_t step, int64_t rows, const float *w, int64_t block, int64_t depth, float *out,
-    int64_t stride, int add) {
-    for (int64_t r = 0, n; r < rows; r += n) {
-        n = next_rows(rows - r);
-        for (int64_t c = 0; c < TILE; c += VECTORS * LANES) {
-#define CALL(N) multiply_fp32(N, x + r * step, step, w, block, c, depth, out + r * stride, stride, add)
-            WITH_ROWS(n, CALL)
-#undef CALL
-        }
-    }
-}
-
-#if defined(CUTAWAY_AMX)
-/* Tiles of 16 rows (a product's rows are padded to 16), 32 deep; a tile's rows do not know each other. */
-static void configure_tiles(void) {
-    struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } config = {.palette = 1};
-    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
-    _tile_loadconfig(&config);
-}
-
-static void tile_bf16(
-    const Narrow *x, int64_t step, int64_t rows, const uint16_t *w, int64_t block, int64_t depth, float *out) {
-    const int64_t wide = step * sizeof(Narrow), two = rows > 16;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = 0; k < depth; k += 32) {
-        _tile_loadd(4, x + k, wide);
-        _tile_loadd(6, w + k * 16, 64);
-        _tile_loadd(7, w + block + k * 16, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if (!two) continue;
-        _tile_loadd(5, x + 16 * step + k, wide);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, out, 4 * TILE);
-    _tile_stored(1, out + 16, 4 * TILE);
-    if (!two) return;
-    _tile_stored(2, out + 16 * TILE, 4 * TILE);
-    _tile_stored(3, out + 16 * TILE + 16, 4 * TILE);
-}
-#else
-static void tile_bf16(
-    const Narrow *x, int64_t step, int64_t rows, const uint16_t *w, int64_t block, int64_t depth, float *out) {
-    for (int64_t r = 0, n; r < rows; r += n) {
-        n = next_rows(rows - r);
-        for (int64_t c = 0; c < TILE; c += VECTORS * LANES) {
-#define CALL(N) multiply_bf16(N, x + r * step, step, w, block, c, depth, out + r * TILE, TILE)
-            WITH_ROWS(n, CALL)
-#undef CALL
-        }
-    }
-}
-#endif
-
 /* Rows as a product takes them: bf16 in value and padded, or fp32. */
 typedef struct {
     void *data;
@@ -271,11 +80,13 @@ typedef struct {
 
 static size_t element(const Shape *shape) { return shape->bf16 ? sizeof(Narrow) : sizeof(float); }
 
-static Operand new_operand(const Shape *shape, const Matrix *w, int64_t rows) {
+/* Bytes of an operand of `rows` rows, which AMX wants in whole tiles. */
+static size_t operand_bytes(const Shape *shape, const Matrix *w, int64_t rows) {
     int64_t padded = (rows + 15) / 16 * 16;
-    size_t bytes = padded * w->padded_depth * element(shape);
-    return (Operand){aligned_alloc(64, (bytes + 63) / 64 * 64), w->padded_depth};
+    return (padded * w->padded_depth * element(shape) + 63) / 64 * 64;
 }
+
+static Operand new_operand(const Matrix *w, void *memory) { return (Operand){memory, w->padded_depth}; }
 
 static void put_row(const Shape *shape, const Operand *to, int64_t r, const float *x, int64_t depth) {
     if (!shape->bf16) {
@@ -311,23 +122,15 @@ static void multiply_task(
     }
 }
 
-static void product(const Shape *shape, const Matrix *w, const Operand *x, int64_t rows, const After *after) {
+/* All of the team: x times the matrix, then they meet. */
+static void product(
+    const Team *team, const Shape *shape, const Matrix *w, const Operand *x, int64_t rows, const After *after) {
     int64_t chunks = (rows + ROWS_A_TASK - 1) / ROWS_A_TASK, tasks = w->tiles * chunks;
-    int64_t threads = shape->threads, share = tasks / (threads * 8);
-#pragma omp parallel num_threads(threads) if (rows * w->tiles * TILE * w->padded_depth > SMALL)
-    {
-#if defined(CUTAWAY_AMX)
-        configure_tiles();
-#endif
-#pragma omp for schedule(dynamic, share > 0 ? share : 1) nowait
-        for (int64_t i = 0; i < tasks; i++) {
-            int64_t first = i % chunks * ROWS_A_TASK, stop = first + ROWS_A_TASK;
-            multiply_task(shape, w, x, first, stop < rows ? stop : rows, i / chunks, after);
-        }
-#if defined(CUTAWAY_AMX)
-        _tile_release();
-#endif
+    for (int64_t i; (i = take_near(team, tasks)) >= 0;) {
+        int64_t first = i % chunks * ROWS_A_TASK, stop = first + ROWS_A_TASK;
+        multiply_task(shape, w, x, first, stop < rows ? stop : rows, i / chunks, after);
     }
+    meet(team);
 }
 
 #endif

@@ -50,7 +50,22 @@ INLINE Vector choose(Integers mask, Vector yes, Vector no) {
     return (Vector)(((Integers)yes & mask) | ((Integers)no & ~mask));
 }
 
-INLINE Vector larger(Vector a, Vector b) { return choose(a > b, a, b); }
+/* Of two, b where one is NaN. */
+INLINE Vector larger(Vector a, Vector b) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
+
+INLINE Vector smaller(Vector a, Vector b) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+    return choose(a < b, a, b);
+#endif
+}
 
 INLINE Vector load_bf16(const uint16_t *p) {
 #if defined(__AVX512F__) /* compilers make more of the general form */
@@ -110,7 +125,7 @@ INLINE float largest(Vector v) {
 /* e^x to 1.5 units in the last place (the polynomial of Cephes' expf); 1 at 0, 0 below -87.3, e^88 above 88. */
 INLINE Vector exponential(Vector x) {
     const Vector lowest = fill(-87.33654f), highest = fill(88.0f), magic = fill(12582912.0f);
-    Vector y = choose(x < lowest, lowest, choose(x > highest, highest, x));
+    Vector y = larger(lowest, smaller(highest, x));
     Vector shifted = multiply_add(y, fill(1.44269504f), magic);
     Integers power = (Integers)shifted - 0x4b400000;
     Vector n = shifted - magic;

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
-from wsgiref.types import WSGIApplication
+from collections.abc import Iterable, Mapping
+from typing import cast
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, make_wsgi_app
 
@@ -22,6 +23,16 @@ from cutaway_server.service.metrics.sources import Sources
 from cutaway_server.service.metrics.vllm import VLLM
 
 log = logging.getLogger(__name__)
+
+
+def _plain(registry: CollectorRegistry) -> WSGIApplication:
+    """The registry in Prometheus's text format, whatever is preferred: OpenMetrics says no more, in twice the time."""
+    application = make_wsgi_app(registry, disable_compression=True)
+
+    def plain(environ: WSGIEnvironment, respond: StartResponse) -> Iterable[bytes]:
+        return cast(Iterable[bytes], application({**environ, "HTTP_ACCEPT": "text/plain"}, respond))
+
+    return plain
 
 
 class Metrics:
@@ -49,8 +60,7 @@ class Metrics:
         if self._config.metrics_listen is None:
             return
         host, _, port = self._config.metrics_listen.rpartition(":")
-        scraped = make_wsgi_app(self.registry, disable_compression=True)
-        self._listener = HttpListener(host, int(port), {"/metrics": scraped, **beside})
+        self._listener = HttpListener(host, int(port), {"/metrics": _plain(self.registry), **beside})
         log.info("metrics on http://%s/metrics", self._listener.address)
 
     def watch(self, thread: EngineThread, facts: EngineFacts) -> None:
