@@ -7,7 +7,8 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +139,8 @@ def long_prompts(address: str) -> None:
 
 def attacking(attack: Callable[[str], None], address: str, over: threading.Event) -> None:
     while not over.is_set():
-        try:
+        with suppress(OSError, CutawayError):  # cut off, as it should be
             attack(address)
-        except (OSError, CutawayError):  # cut off, as it should be
-            pass
         time.sleep(0.2)
 
 
@@ -151,7 +150,7 @@ def late_gap(address: str) -> float:
         stream = client.generate("Hi", max_tokens=400, ignore_eos=True)
         next(stream)
         times = [time.monotonic() for _ in stream]
-    gaps = sorted(after - before for before, after in zip(times, times[1:], strict=False))
+    gaps = sorted(after - before for before, after in pairwise(times))
     return gaps[int(0.99 * len(gaps))]
 
 
