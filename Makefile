@@ -66,8 +66,9 @@ sbom: $(DEPLOY_INSTALLED)  ## list what the server is made of: build/sbom.cdx.js
 	rm -rf build/served && $(PYTHON) -m venv --without-pip build/served
 	$(BIN)/python -m pip --python build/served install -q -c constraints.txt '.[server]'
 	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o build/sbom.cdx.json build/served
-	$(BIN)/pip-licenses --python build/served/bin/python --output-file build/licences.md
-	@rm -r build/served; ls build/sbom.cdx.json build/licences.md
+	cd build && ../$(BIN)/pip-licenses --python served/bin/python --from mixed --with-urls -f markdown --output-file licences.md
+	$(BIN)/pip-licenses --python build/served/bin/python >/dev/null # the rule: [tool.pip-licenses] in pyproject.toml
+	rm -r build/served
 
 bench: install  ## what this machine allows, and what the engine and the server do on it; minutes
 	$(BIN)/python bench/limits.py

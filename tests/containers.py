@@ -74,7 +74,7 @@ def engine_with_images(scratch: Path, prometheus: str) -> Engine:
 
 
 def stop_own() -> None:
-    """Stop the engine, if it is ours."""
+    """Stop our own engine, if there is one."""
     subprocess.run([SCRIPT, "stop", HOME], check=True)
 
 

@@ -231,3 +231,12 @@ def test_what_scales_has_a_volume_for_all_and_no_number_of_its_own(name: str, ki
     assert "replicas" not in one(together, "Deployment")["spec"]
     assert one(together, "PersistentVolumeClaim")["spec"]["accessModes"] == ["ReadWriteMany"]
     assert "cutaway_requests_waiting" in str(one(together, kind))
+
+
+def test_without_a_gpu_the_server_computes_on_the_cores_it_asks_for(tmp_path: Path) -> None:
+    together = with_component("cpu", tmp_path)
+    spec = one(together, "Deployment")["spec"]["template"]["spec"]
+    requested = spec["containers"][0]["resources"]["requests"]
+    assert "nvidia.com/gpu" not in requested
+    assert one(together, "ConfigMap")["data"]["CUTAWAY_THREADS"] == requested["cpu"]
+    assert spec["containers"][0]["image"].endswith("-cpu")

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes what a secured server needs and does not have yet: an authority, the server's certificate signed by it, an API
-# key, and Grafana's password. Safe to run at every start: what is there stays, but a certificate with under 30 days
-# left, for other names than CUTAWAY_NAMES, or of another authority, is made anew; the server reads it while it runs.
+# key, and Grafana's password. Safe to run at every start: what is there stays, but a certificate of ours with under 30
+# days left, for other names than CUTAWAY_NAMES, or of a lost authority, is made anew; the server reads it while it runs.
 #
 #   /authority  the authority's key: for this program alone
 #   /secrets    for the server: tls.crt, tls.key, api-keys.toml
@@ -9,12 +9,13 @@
 #   /grafana    for Grafana: password
 #
 # With CUTAWAY_SECRETS=DIRECTORY these four are made, and looked for, in that directory.
-set -eu
+set -euf # no globs: names may have stars
 umask 077
 
 CURVE='-newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc'
 DAYS=397
 RENEW_SECONDS=2592000
+ISSUER='Cutaway authority'
 KEY_NAME=operator
 SCOPES=${CUTAWAY_KEY_SCOPES:-generate,introspect,observe}
 ROOT=${CUTAWAY_SECRETS:-}
@@ -33,6 +34,15 @@ alternatives() {
   done
 }
 
+# Whether a new certificate is wanted. One that somebody else has signed is none of our business.
+outdated() {
+  [ -s "$SECRETS/tls.crt" ] || return 0
+  openssl x509 -in "$SECRETS/tls.crt" -noout -issuer | grep -q "$ISSUER" || return 1
+  openssl x509 -in "$SECRETS/tls.crt" -noout -checkend "$RENEW_SECONDS" >/dev/null || return 0
+  openssl verify -CAfile "$AUTHORITY/ca.crt" "$SECRETS/tls.crt" >/dev/null 2>&1 || return 0
+  [ "$(cat "$AUTHORITY/names" 2>/dev/null)" != "$names" ]
+}
+
 mkdir -p "$AUTHORITY" "$SECRETS" "$CLIENT" "$GRAFANA"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -40,7 +50,7 @@ names=$(alternatives "${CUTAWAY_NAMES:-}")
 
 if [ ! -s "$AUTHORITY/ca.key" ] || [ ! -s "$AUTHORITY/ca.crt" ]; then
   # shellcheck disable=SC2086  # CURVE is several words
-  openssl req -x509 $CURVE -days 3650 -subj '/CN=Cutaway authority' -keyout "$scratch/ca.key" -out "$scratch/ca.crt" \
+  openssl req -x509 $CURVE -days 3650 -subj "/CN=$ISSUER" -keyout "$scratch/ca.key" -out "$scratch/ca.crt" \
     -addext basicConstraints=critical,CA:TRUE,pathlen:0 -addext keyUsage=critical,keyCertSign,cRLSign 2>"$scratch/log" \
     || { cat "$scratch/log" >&2; exit 1; }
   cp "$scratch/ca.key" "$AUTHORITY/ca.key"
@@ -49,9 +59,7 @@ if [ ! -s "$AUTHORITY/ca.key" ] || [ ! -s "$AUTHORITY/ca.crt" ]; then
 fi
 install -m 0644 "$AUTHORITY/ca.crt" "$CLIENT/ca.crt"
 
-if ! openssl x509 -in "$SECRETS/tls.crt" -noout -checkend $RENEW_SECONDS >/dev/null 2>&1 \
-  || ! openssl verify -CAfile "$AUTHORITY/ca.crt" "$SECRETS/tls.crt" >/dev/null 2>&1 \
-  || [ "$(cat "$AUTHORITY/names" 2>/dev/null)" != "$names" ]; then
+if outdated; then
   printf 'subjectAltName=%s\nbasicConstraints=critical,CA:FALSE\nextendedKeyUsage=serverAuth\n' "$names" >"$scratch/ext"
   # shellcheck disable=SC2086
   openssl req $CURVE -subj /CN=cutaway -keyout "$scratch/tls.key" -out "$scratch/csr" 2>"$scratch/log" \
