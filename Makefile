@@ -43,7 +43,7 @@ test-prometheus: install  ## dashboards and rules against a real Prometheus, whi
 test-deploy: $(DEPLOY_INSTALLED)  ## Kubernetes files, Dockerfile and scripts of deploy/, without an engine or a cluster
 	$(BIN)/python -m pytest -m deploy
 
-test-docker: $(DEPLOY_INSTALLED)  ## images and compose.yaml in a Docker engine; sets one up on a Debian machine without (root)
+test-docker: install  ## images and compose.yaml in a Docker engine; sets one up on a Debian machine without (root)
 	$(BIN)/python -m pytest -m docker
 
 check: install  ## format, lint, types, arrows between rooms, wire, what is generated

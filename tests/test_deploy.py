@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -80,6 +81,17 @@ def test_prometheus_in_compose_is_prometheus_elsewhere_but_for_the_target() -> N
 def test_hadolint_finds_nothing(path: str) -> None:
     done = subprocess.run(["hadolint", "--no-color", path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.deploy
+@pytest.mark.skipif((platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="no CUDA build of torch")
+def test_constraints_suit_what_torchs_cuda_build_asks_for() -> None:
+    """Where the CPU's build is at hand, pip takes that, and does not see that CUDA's wants a Triton of its own."""
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    command = [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed", "-c", "constraints.txt"]
+    published = f"torch==={pins['torch']}"  # three signs: not 2.13.0+cpu
+    done = subprocess.run([*command, published, "triton"], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
 
 
 def secure(directory: Path, **environment: str) -> str:

@@ -190,12 +190,16 @@ def test_nobody_streams_without(stack: Stack, key: str, authority: str, lacks: s
     assert {"key": "Unauthenticated", "authority": "Unavailable", "tls": "Unavailable"}[lacks] in errors
 
 
-def test_a_key_made_later_opens_after_a_signal(stack: Stack, authority: str) -> None:
+def test_a_key_made_later_opens_after_a_signal_and_one_taken_away_does_not(stack: Stack, authority: str) -> None:
+    before = stack.tool("cat", "/secrets/api-keys.toml", service="secrets").stdout
     arguments = ("keys", "new", "alice", "--scopes", "generate", "--file", "/secrets/api-keys.toml")
     alice = str(stack.tool("cutaway-server", *arguments, service="secrets").stdout).strip()
     assert "Unauthenticated" in generate(stack, 2, authority, alice)[1]
     stack.compose("kill", "-s", "HUP", "server-cpu")
     assert eventually(lambda: generate(stack, 2, authority, alice) == (2, ""), 10)
+    stack.tool("tee", "/secrets/api-keys.toml", service="secrets", given=before)
+    stack.compose("kill", "-s", "HUP", "server-cpu")
+    assert eventually(lambda: "Unauthenticated" in generate(stack, 2, authority, alice)[1], 10)
 
 
 def test_a_certificate_for_new_names_is_taken_up_while_it_runs(stack: Stack, key: str, authority: str) -> None:

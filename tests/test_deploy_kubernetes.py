@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from cutaway_server.config import read_config
 from cutaway_server.exposure import check_exposure
+from cutaway_server.service.metrics import CATALOG
 from promql import DEPLOY
 
 pytestmark = pytest.mark.deploy
@@ -230,7 +232,9 @@ def test_what_scales_has_a_volume_for_all_and_no_number_of_its_own(name: str, ki
     together = with_component(name, tmp_path)
     assert "replicas" not in one(together, "Deployment")["spec"]
     assert one(together, "PersistentVolumeClaim")["spec"]["accessModes"] == ["ReadWriteMany"]
-    assert "cutaway_requests_waiting" in str(one(together, kind))
+    asked = set(re.findall(r"cutaway_\w+", str(one(together, kind)["spec"])))
+    assert asked == {"cutaway_requests_waiting", "cutaway_requests_running"}
+    assert asked <= {spec.name for specs in CATALOG.values() for spec in specs}
 
 
 def test_without_a_gpu_the_server_computes_on_the_cores_it_asks_for(tmp_path: Path) -> None:
