@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes what a secured server needs and does not have yet: an authority, the server's certificate signed by it, an API
-# key, and Grafana's password. Safe to run at every start: what is there stays, but a certificate of ours with under 30
-# days left, for other names than CUTAWAY_NAMES, or of a lost authority, is made anew; the server reads it while it runs.
+# key, and Grafana's password. Safe to run at every start: what is there stays, but a certificate of ours is made anew
+# with under 30 days left, for other names than CUTAWAY_NAMES, or if the authority is another; the server rereads it.
 #
 #   /authority  the authority's key: for this program alone
 #   /secrets    for the server: tls.crt, tls.key, api-keys.toml
