@@ -136,6 +136,17 @@ def test_compose_runs_one_server_and_what_watches_it(engine: Engine, profile: tu
     assert set(engine.docker(*compose, "--services").split()) == {"secrets", server, "prometheus", "grafana"}
 
 
+def test_options_in_server_env_reach_the_server_and_leave_it_secured(engine: Engine, tmp_path: Path) -> None:
+    for name in ("compose.yaml", ".env"):
+        shutil.copy(COMPOSE.with_name(name), tmp_path)
+    (tmp_path / "server.env").write_text("CUTAWAY_MODEL=org/name\nHF_TOKEN=hf_x\n")
+    config = engine.docker("compose", "-f", str(tmp_path / "compose.yaml"), "config", "--format", "json")
+    environment = json.loads(config)["services"]["server"]["environment"]
+    given = {name: environment.pop(name) for name in ("CUTAWAY_MODEL", "HF_TOKEN")}
+    assert given == {"CUTAWAY_MODEL": "org/name", "HF_TOKEN": "hf_x"}
+    assert set(environment) == {"CUTAWAY_TLS_CERT", "CUTAWAY_TLS_KEY", "CUTAWAY_API_KEYS"}
+
+
 @pytest.mark.parametrize("variant", ["cpu", "cuda"])
 def test_buildkit_finds_nothing_to_warn_of(engine: Engine, variant: str) -> None:
     check = ("buildx", "build", "--check", "-f", str(DOCKERFILE), "--build-arg", f"VARIANT={variant}", str(ROOT))
