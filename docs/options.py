@@ -70,8 +70,8 @@ for that is `cutaway_preemptions_total`. A shorter `--max-context` lets more seq
     Subject(
         "How much at a time",
         ("max-batch-tokens", "max-stretch", "max-running", "max-queued", "drain-timeout"),
-        """`--max-batch-tokens` must be at least `--max-running`. Raise `--max-stretch` if prompts should be read sooner,
-lower it if running streams should stutter less. Over `--max-queued`, clients get RESOURCE_EXHAUSTED with a time
+        """`--max-batch-tokens` must be at least `--max-running`. Raise `--max-stretch` if prompts should be read
+sooner, lower it if running streams should stutter less. Over `--max-queued`, clients get RESOURCE_EXHAUSTED with a time
 to try again. An orchestrator should wait longer than `--drain-timeout` before it kills.""",
     ),
     Subject(
@@ -85,8 +85,8 @@ to try again. An orchestrator should wait longer than `--drain-timeout` before i
             "max-connection-age",
             "max-connection-age-grace",
         ),
-        """`--max-connection-age` makes long-lived connections choose a server anew, so that new replicas get work. Calls
-that are open go on until they end, or for `--max-connection-age-grace` seconds.""",
+        """`--max-connection-age` makes long-lived connections choose a server anew, so that new replicas get work.
+Calls that are open go on until they end, or for `--max-connection-age-grace` seconds.""",
     ),
     Subject(
         "What it tells",
@@ -103,7 +103,7 @@ TAIL = """
 
 | | |
 |---|---|
-| `CUTAWAY_CACHE` | where fetched models and built kernels are kept; else `$XDG_CACHE_HOME/cutaway`, `~/.cache/cutaway` |
+| `CUTAWAY_CACHE` | where fetched models and built kernels are; else `$XDG_CACHE_HOME/cutaway`, `~/.cache/cutaway` |
 | `HF_TOKEN`, `HF_HOME` | the hub's own: a token for gated models, and where its files go |
 | `OMP_WAIT_POLICY` | set to `passive` unless it is set; `active` only where nothing else wants a core |
 | `CC` | the C compiler for the native kernels; default `cc`, `gcc` or `clang` |
