@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is loaded, which transformers does too
 
 from cutaway_server.model.sources import resolve
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a suite in the background; what it starts would inherit this
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
