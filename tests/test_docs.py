@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +66,16 @@ def test_what_make_and_python_are_told_to_do_exists(page: Path) -> None:
     assert set(re.findall(r"(?:^    |`)make ([a-z-]+)", text, re.MULTILINE)) <= targets
     for script in re.findall(r"(?:^    |`)python ([\w/]+\.py)", text, re.MULTILINE):
         assert (ROOT / script).exists(), script
+
+
+def test_contributing_tells_of_every_marker_and_benchmark() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text() + (ROOT / "docs" / "performance.md").read_text()
+    markers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["markers"]
+    for marker in markers:
+        assert f"| `{marker.partition(':')[0]}` |" in page, marker
+    for script in (ROOT / "bench").glob("*.py"):
+        if '__name__ == "__main__"' in script.read_text() and script.name != "demo.py":
+            assert f"bench/{script.name}" in page, script.name
 
 
 @pytest.mark.parametrize("arguments", prompts("cutaway"), ids=" ".join)
