@@ -56,7 +56,7 @@ check: install  ## format, lint, types, arrows between rooms, wire, what is gene
 	$(BIN)/python deploy/grafana/generate.py --check
 	$(BIN)/python docs/generate.py --check
 
-dashboards: install  ## regenerate deploy/grafana/dashboards, Kubernetes' copy of the rules, and docs/metrics.md
+dashboards: install  ## regenerate deploy/grafana/dashboards, Kubernetes' copy of the rules, docs/metrics.md, docs/options.md
 	$(BIN)/python deploy/grafana/generate.py
 	$(BIN)/python deploy/kubernetes/generate.py
 	$(BIN)/python docs/generate.py

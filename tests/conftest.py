@@ -9,6 +9,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded; see docs/decisions.md
 
+os.environ.setdefault("CUTAWAY_METRICS_LISTEN", "none")  # the default port may be taken; who wants one asks for it
+
 import pytest
 import torch
 
