@@ -101,7 +101,7 @@ class Server:
     async def serve(self, backend: Backend, facts: EngineFacts, text: TextModel) -> None:
         """Take requests from now on."""
         self.desk.connect(backend)
-        self._inference.served = Served(self._config.name, facts, text)
+        self._inference.served = Served(facts, text)
         await self._tell(serving=True)
 
     async def drain(self, *cuts: asyncio.Event) -> None:
