@@ -21,7 +21,7 @@ from cutaway_server.request import (
 )  # fmt: skip
 from cutaway_server.service.outbox import token_size
 from cutaway_server.service.reply import Asked
-from cutaway_server.service.texts import check_flags, encode_chat, encode_text, is_set, token_ids
+from cutaway_server.service.texts import check_flags, is_set, prompt_ids, token_ids
 from cutaway_server.service.tokens import sampling_options, wire_token
 from cutaway_server.text.stream import CompletionText, StreamDecoder, stop_texts
 from cutaway_server.text.tokenizer import TextModel
@@ -94,12 +94,10 @@ def _prompt(message: v1.GenerateRequest, model: TextModel, limits: Limits) -> tu
     ids: Sequence[int]
     check_flags(message)
     match message.WhichOneof("prompt"):
-        case "text":
-            ids = encode_text(message, model, limits.max_prompt_bytes).ids
+        case "text" | "chat":
+            ids = prompt_ids(message, model, limits.max_prompt_bytes, limits.facts.max_context)
         case "token_ids":
             ids = token_ids(message.token_ids, limits.facts.config.d_vocab, limits.facts.max_context)
-        case "chat":
-            ids = encode_chat(message.chat, model, limits.max_prompt_bytes)[1].ids
         case _:
             raise InvalidField("prompt", None, "one of text, token_ids and chat must be set")
     if not ids:

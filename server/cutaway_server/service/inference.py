@@ -55,7 +55,7 @@ class Inference(InferenceServicer):
         limits = Limits(served.facts, self._config.max_prompt_bytes, self._config.max_backlog)
         call = current()
         asked = await self._workers.run(
-            partial(ask, request, served.text, limits, arrival, deadline, call.caller.tenant)
+            partial(ask, request, served.text, limits, arrival, deadline, call.caller.tenant), request.ByteSize()
         )
         call.request_id = asked.request.request_id
         if self._config.log_prompts:
@@ -77,12 +77,15 @@ class Inference(InferenceServicer):
     async def Tokenize(self, request: v1.TokenizeRequest, context: Context) -> v1.TokenizeResponse:
         """Turn text into tokens."""
         text = self._ready().text
-        return await self._workers.run(partial(tokenize, request, text, self._config.max_prompt_bytes))
+        return await self._workers.run(
+            partial(tokenize, request, text, self._config.max_prompt_bytes), request.ByteSize()
+        )
 
     async def Detokenize(self, request: v1.DetokenizeRequest, context: Context) -> v1.DetokenizeResponse:
         """Turn tokens into text."""
         served = self._ready()
-        return await self._workers.run(partial(detokenize, request, served.text, served.facts.config.d_vocab))
+        work = partial(detokenize, request, served.text, served.facts.config.d_vocab)
+        return await self._workers.run(work, request.ByteSize())
 
     async def GetModel(self, request: v1.GetModelRequest, context: Context) -> v1.GetModelResponse:
         """Tell what is served."""
