@@ -158,6 +158,7 @@ INFERENCE = "/cutaway.v1.Inference/"
 METHODS = [
     *(INFERENCE + method.name for method in v1.DESCRIPTOR.services_by_name["Inference"].methods),
     *("/grpc.health.v1.Health/" + name for name in ("Check", "Watch")),
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 ]
 NO_MESSAGES = [(method, data) for method in METHODS for data in (b"\xff\xff\xff", b"\x12\x7f")]
