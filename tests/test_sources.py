@@ -10,6 +10,7 @@ import pty
 import random
 import subprocess
 import sys
+import termios
 import time
 import zipfile
 from functools import partial
@@ -115,6 +116,7 @@ def test_a_bar_is_for_terminals_and_comes_with_the_first_bytes() -> None:
     show = "import time\nfrom cutaway_server.progress import bar\nwith bar('fetching x') as advance:\n    {}"
     for act, shown in (("time.sleep(0.2), advance(50, 100)", "fetching x:  50%"), ("pass", "")):
         ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, 80))
         command = [sys.executable, "-c", show.format(act)]
         assert subprocess.run(command, stderr=subprocess.PIPE, check=True).stderr == b""
         subprocess.run(command, stderr=theirs, check=True)
