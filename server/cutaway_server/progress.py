@@ -11,10 +11,10 @@ Advance = Callable[[int, int], None]  # bytes done, bytes in all
 
 @contextmanager
 def bar(what: str) -> Iterator[Advance]:
-    """A bar of bytes on stderr for as long as the block runs; it appears with the first call of what it gives."""
+    """A bar of bytes on stderr for as long as the block runs; it appears when it first advances."""
     from tqdm import tqdm
 
-    with tqdm(desc=what, unit="B", unit_scale=True, disable=None, file=sys.stderr, delay=1e-9) as shown:
+    with tqdm(desc=what, unit="B", unit_scale=True, disable=None, file=sys.stderr, delay=0.01) as shown:
 
         def advance(done: int, total: int) -> None:
             shown.total = total
