@@ -52,11 +52,10 @@ def ask(
         InvalidField: names the field, the value and the rule.
         Unsupported: the model has no chat template.
     """
-    name = _name(message.request_id)
     options = sampling_options(message.sampling).over(limits.facts.defaults)
     prompt = _prompt(message, model, limits)
     request = Request(
-        name,
+        name_of(message),
         prompt,
         _sampling(options, model, limits.facts, len(prompt)),
         arrival,
@@ -84,7 +83,13 @@ def _asked(request: Request, model: TextModel, limits: Limits, *, skip: bool, ec
     return Asked(request, skip, text, texts, echoed)
 
 
-def _name(asked: str) -> str:
+def name_of(message: v1.GenerateRequest) -> str:
+    """The request's name, or one that is picked.
+
+    Raises:
+        InvalidField: it cannot be a name.
+    """
+    asked = message.request_id
     if asked and not NAME.fullmatch(asked):
         raise InvalidField("request_id", asked, "must be at most 128 characters of [A-Za-z0-9._:-]")
     return asked or f"req-{secrets.token_hex(8)}"

@@ -13,7 +13,7 @@ from cutaway.v1.inference_pb2_grpc import InferenceServicer
 
 from cutaway_server.config import Config
 from cutaway_server.engine.build import EngineFacts
-from cutaway_server.service.asking import Limits, ask
+from cutaway_server.service.asking import Limits, ask, name_of
 from cutaway_server.service.caller import current
 from cutaway_server.service.describing import describe, started
 from cutaway_server.service.desk import Desk
@@ -54,17 +54,20 @@ class Inference(InferenceServicer):
         deadline = None if remaining is None else arrival + remaining
         limits = Limits(served.facts, self._config.max_prompt_bytes, self._config.max_backlog)
         call = current()
-        asked = await self._workers.run(
-            partial(ask, request, served.text, limits, arrival, deadline, call.caller.tenant), request.ByteSize()
-        )
-        call.request_id = asked.request.request_id
-        if self._config.log_prompts:
-            log.info("request %s: prompt %r", call.request_id, served.text.decode(asked.request.prompt))
-        make = partial(Reply, asked, started(served.facts), self._config.max_backlog)
-        with self._desk.stream(asked.request, make) as reply:
-            while messages := await reply.take():
-                for message in messages:
-                    await context.write(message)
+        tenant = call.caller.tenant
+        request.request_id = name_of(request)
+        with self._desk.arriving(request.request_id, tenant):
+            asked = await self._workers.run(
+                partial(ask, request, served.text, limits, arrival, deadline, tenant), request.ByteSize()
+            )
+            call.request_id = request.request_id
+            if self._config.log_prompts:
+                log.info("request %s: prompt %r", call.request_id, served.text.decode(asked.request.prompt))
+            make = partial(Reply, asked, started(served.facts), self._config.max_backlog)
+            with self._desk.stream(asked.request, make) as reply:
+                while messages := await reply.take():
+                    for message in messages:
+                        await context.write(message)
 
     async def Abort(self, request: v1.AbortRequest, context: Context) -> v1.AbortResponse:
         """End a queued or running request."""
