@@ -21,7 +21,7 @@ from cutaway_server.request import (
 )  # fmt: skip
 from cutaway_server.service.outbox import token_size
 from cutaway_server.service.reply import Asked
-from cutaway_server.service.texts import check_flags, encode_chat, encode_text, is_set, token_ids
+from cutaway_server.service.texts import check_flags, is_set, prompt_ids, token_ids
 from cutaway_server.service.tokens import sampling_options, wire_token
 from cutaway_server.text.stream import CompletionText, StreamDecoder, stop_texts
 from cutaway_server.text.tokenizer import TextModel
@@ -52,11 +52,10 @@ def ask(
         InvalidField: names the field, the value and the rule.
         Unsupported: the model has no chat template.
     """
-    name = _name(message.request_id)
     options = sampling_options(message.sampling).over(limits.facts.defaults)
     prompt = _prompt(message, model, limits)
     request = Request(
-        name,
+        name_of(message),
         prompt,
         _sampling(options, model, limits.facts, len(prompt)),
         arrival,
@@ -84,7 +83,13 @@ def _asked(request: Request, model: TextModel, limits: Limits, *, skip: bool, ec
     return Asked(request, skip, text, texts, echoed)
 
 
-def _name(asked: str) -> str:
+def name_of(message: v1.GenerateRequest) -> str:
+    """The request's name, or one that is picked.
+
+    Raises:
+        InvalidField: it cannot be a name.
+    """
+    asked = message.request_id
     if asked and not NAME.fullmatch(asked):
         raise InvalidField("request_id", asked, "must be at most 128 characters of [A-Za-z0-9._:-]")
     return asked or f"req-{secrets.token_hex(8)}"
@@ -94,12 +99,10 @@ def _prompt(message: v1.GenerateRequest, model: TextModel, limits: Limits) -> tu
     ids: Sequence[int]
     check_flags(message)
     match message.WhichOneof("prompt"):
-        case "text":
-            ids = encode_text(message, model, limits.max_prompt_bytes).ids
+        case "text" | "chat":
+            ids = prompt_ids(message, model, limits.max_prompt_bytes, limits.facts.max_context)
         case "token_ids":
             ids = token_ids(message.token_ids, limits.facts.config.d_vocab, limits.facts.max_context)
-        case "chat":
-            ids = encode_chat(message.chat, model, limits.max_prompt_bytes)[1].ids
         case _:
             raise InvalidField("prompt", None, "one of text, token_ids and chat must be set")
     if not ids:
