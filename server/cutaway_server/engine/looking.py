@@ -26,11 +26,12 @@ def looks_of(schedule: Schedule, live: dict[str, LiveRequest]) -> list[Look]:
 def _looks_at(work: Work, place: int, start: int, live: LiveRequest) -> Iterator[Look]:
     sequence = work.sequence
     first, prompt = max(work.start, sequence.told), sequence.prompt_length
+    parts: list[tuple[int, int, int | None]]
     for number, capture in enumerate(sequence.request.captures):
-        for begin, end, index in (
-            (first, min(work.stop, prompt), None),
-            (max(first, prompt), work.stop, sequence.index),
-        ):
+        parts = [(first, min(work.stop, prompt), None)]
+        if not isinstance(capture.reduction, Pool):  # a picture is of the prompt
+            parts.append((max(first, prompt), work.stop, sequence.index))
+        for begin, end, index in parts:
             positions = capture.rows.within(begin, end) if begin < end else []
             if positions:
                 pooled = live.pooled.setdefault(number, Pooled()) if isinstance(capture.reduction, Pool) else None
