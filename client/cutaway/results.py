@@ -36,7 +36,9 @@ class Token:
     top_logprobs: tuple[TopLogprob, ...]
     index: int
     step: int
-    captures: Mapping[str, Array] = field(default_factory=dict)  # what led to it: rows since the token before
+    captures: Mapping[str, Array] = field(
+        default_factory=dict, compare=False
+    )  # what led to it: rows since the token before
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ The contract of Cutaway's main job: text in, tokens out, as they are made."""
 
 from collections import abc as _abc
 from cutaway.v1 import capture_pb2 as _capture_pb2
+from cutaway.v1 import edit_pb2 as _edit_pb2
 from cutaway.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -67,6 +68,7 @@ class GenerateRequest(_message.Message):
     PREFIX_CACHING_FIELD_NUMBER: _builtins.int
     CAPTURES_FIELD_NUMBER: _builtins.int
     MAX_CAPTURE_BYTES_FIELD_NUMBER: _builtins.int
+    EDITS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Name of this request for Abort and logs, at most 128 characters of [A-Za-z0-9._:-]; empty: the server picks one.
     A name that is already running is refused with ALREADY_EXISTS.
@@ -103,6 +105,12 @@ class GenerateRequest(_message.Message):
         for the scope `introspect`.
         """
 
+    @_builtins.property
+    def edits(self) -> _containers.RepeatedCompositeFieldContainer[_edit_pb2.Edit]:
+        """Changes of inner values as they are computed, at most 16, made in this order at each point. Asks for the scope
+        `edit`. The prefix cache keeps edited positions, and what follows them, apart.
+        """
+
     def __init__(
         self,
         *,
@@ -118,10 +126,11 @@ class GenerateRequest(_message.Message):
         prefix_caching: _builtins.bool | None = ...,
         captures: _abc.Iterable[_capture_pb2.Capture] | None = ...,
         max_capture_bytes: _builtins.int | None = ...,
+        edits: _abc.Iterable[_edit_pb2.Edit] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_echo", b"_echo", "_max_capture_bytes", b"_max_capture_bytes", "_parse_special_tokens", b"_parse_special_tokens", "_prefix_caching", b"_prefix_caching", "_skip_special_tokens", b"_skip_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "echo", b"echo", "max_capture_bytes", b"max_capture_bytes", "parse_special_tokens", b"parse_special_tokens", "prefix_caching", b"prefix_caching", "prompt", b"prompt", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_echo", b"_echo", "_max_capture_bytes", b"_max_capture_bytes", "_parse_special_tokens", b"_parse_special_tokens", "_prefix_caching", b"_prefix_caching", "_skip_special_tokens", b"_skip_special_tokens", "add_special_tokens", b"add_special_tokens", "captures", b"captures", "chat", b"chat", "echo", b"echo", "max_capture_bytes", b"max_capture_bytes", "parse_special_tokens", b"parse_special_tokens", "prefix_caching", b"prefix_caching", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_echo", b"_echo", "_max_capture_bytes", b"_max_capture_bytes", "_parse_special_tokens", b"_parse_special_tokens", "_prefix_caching", b"_prefix_caching", "_skip_special_tokens", b"_skip_special_tokens", "add_special_tokens", b"add_special_tokens", "captures", b"captures", "chat", b"chat", "echo", b"echo", "edits", b"edits", "max_capture_bytes", b"max_capture_bytes", "parse_special_tokens", b"parse_special_tokens", "prefix_caching", b"prefix_caching", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015

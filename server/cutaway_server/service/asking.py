@@ -21,6 +21,7 @@ from cutaway_server.request import (
     resolve_sampling,
 )  # fmt: skip
 from cutaway_server.service.capturing import captures_of
+from cutaway_server.service.editing import edits_of
 from cutaway_server.service.outbox import token_size
 from cutaway_server.service.reply import Asked
 from cutaway_server.service.texts import check_flags, encode_chat, encode_text, is_set, token_ids
@@ -69,6 +70,7 @@ def ask(
         tenant,
         prefix_caching=is_set(message, "prefix_caching", default=True),
         captures=captures,
+        edits=edits_of(message.edits, limits.facts.config, len(prompt), sampling.max_tokens),
     )
     size = sum(bytes_of(request, limits))
     allowed = message.max_capture_bytes if message.HasField("max_capture_bytes") else None

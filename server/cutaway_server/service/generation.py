@@ -111,11 +111,14 @@ class Generation:
 
 
 def check_scopes(request: v1.GenerateRequest, caller: Caller) -> None:
-    """Let only those look inside who may.
+    """Let only those look inside, or change what is there, who may.
 
     Raises:
         PermissionDenied: the caller lacks the scope.
     """
-    if request.captures and Scope.INTROSPECT not in caller.scopes:
-        has = ", ".join(sorted(caller.scopes))
-        raise PermissionDenied(f"captures: asks for scope {Scope.INTROSPECT}, and {caller.name!r} has {has}")
+    has = ", ".join(sorted(caller.scopes))
+    for field, asked, scope in (
+        ("captures", request.captures, Scope.INTROSPECT), ("edits", request.edits, Scope.EDIT),
+    ):  # fmt: skip
+        if asked and scope not in caller.scopes:
+            raise PermissionDenied(f"{field}: asks for scope {scope}, and {caller.name!r} has {has}")
