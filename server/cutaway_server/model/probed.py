@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from cutaway_server.cache.pages import Pages
 from cutaway_server.kernels.batch import Batch
@@ -157,7 +158,7 @@ class ProbedStep:
                 linear = self._point(PRE[1], layer, linear, subset)
                 gates.append((linear if values.pre_linear is None else values.pre_linear, linear))
             if len(changed := _differ(*gates)):
-                post = activated(kernels.config, pre[changed].float())
+                post = activated(kernels.config, _row_by_row(pre[changed].float()))
                 post = post if linear is None else post * linear[changed].float()
                 hidden = hidden.clone()
                 hidden[subset.rows[changed]] = post.to(hidden.dtype)
@@ -194,6 +195,15 @@ class ProbedStep:
             places = torch.tensor(rows, device=self.plan.batch.positions.device)
             self._subsets[rows] = Subset(places, self.kernels.plan(chosen(self.plan.batch, places)))
         return self._subsets[rows]
+
+
+def _row_by_row(x: Tensor) -> Tensor:
+    """The same values [rows, n], laid out so that torch goes through each row by itself.
+
+    It takes the last elements of a contiguous tensor one by one, by other means than those it takes by the vector, and
+    which ones are the last would depend on how many rows there are.
+    """
+    return F.pad(x, (0, 1))[:, :-1]
 
 
 def _differ(*pairs: tuple[Tensor, Tensor]) -> Tensor:

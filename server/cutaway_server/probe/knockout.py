@@ -21,7 +21,6 @@ from cutaway_server.kernels.plan import SPLIT, TILE
 from cutaway_server.probe.attention import Reader
 from cutaway_server.probe.editor import Marked
 
-
 ROWS_AT_ONCE = 256  # bounds the keys and values that are laid out beside each tile
 
 
