@@ -28,7 +28,7 @@ KNOWN = frozenset(Scope)  # any credential will do
 GENERATE = frozenset({Scope.GENERATE})
 INTROSPECT = frozenset({Scope.INTROSPECT})
 HEALTH = "/grpc.health.v1.Health/"
-REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/"
+REFLECTION = "/grpc.reflection.{}.ServerReflection/ServerReflectionInfo"
 
 # One of the scopes is enough. What is served and not listed here is denied to all.
 METHODS: Mapping[str, frozenset[Scope]] = {
@@ -46,7 +46,8 @@ METHODS: Mapping[str, frozenset[Scope]] = {
     HEALTH + "Check": KNOWN,
     HEALTH + "List": KNOWN,
     HEALTH + "Watch": KNOWN,
-    REFLECTION + "ServerReflectionInfo": KNOWN,
+    REFLECTION.format("v1"): KNOWN,
+    REFLECTION.format("v1alpha"): KNOWN,
 }
 BEARER = "bearer "
 RETRY_AFTER_SECONDS = 1.0
