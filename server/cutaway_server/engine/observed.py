@@ -128,14 +128,15 @@ class Observed:
         self.step_sequences.observe(len(schedule.work))
         self._unreported = True
 
-    def reported(self) -> None:
-        """The events of the last step are told: it is over."""
+    def reported(self) -> list[float]:
+        """The events of the last step are told: it is over. Its seconds by phase."""
         if self._unreported:
             self.mark(REPORT)
             for histogram, seconds in zip(self.phases.values(), self._spent, strict=True):
                 histogram.observe(seconds)
             self._unreported = False
-        self._spent = [0.0] * len(PHASES)
+        spent, self._spent = self._spent, [0.0] * len(PHASES)
+        return spent
 
     def arrived(self, request: Request) -> None:
         """A request is queued."""
