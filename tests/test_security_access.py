@@ -32,7 +32,19 @@ ALL_MAY = {
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 }
 GENERATORS_MAY = {f"/cutaway.v1.Inference/{name}" for name in ("Generate", "Abort", "Tokenize", "Detokenize")}
-METHODS_BY_HAND = sorted(ALL_MAY | GENERATORS_MAY)
+INTROSPECTION = "/cutaway.v1.Introspection/"
+OBSERVERS_MAY = {
+    INTROSPECTION + name for name in ("GetCacheStats", "GetBlocks", "WatchCache", "WatchSteps", "ListRequests")
+}
+MAY = {
+    **dict.fromkeys(ALL_MAY, EVERY_SCOPE),
+    **dict.fromkeys(GENERATORS_MAY, ("generate",)),
+    **dict.fromkeys(OBSERVERS_MAY, ("observe",)),
+    INTROSPECTION + "PredictCacheHit": ("generate", "observe"),
+    INTROSPECTION + "ReadCache": ("introspect",),
+}
+NOT_YET = {INTROSPECTION + n for n in ("ListPoints", "Trace", "GetHiddenStates", "GetAttention", "Estimate")}
+METHODS_BY_HAND = sorted(MAY)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +79,7 @@ def test_every_method_that_is_served_is_in_the_table_and_no_other(secured: Simpl
         served = ProtoReflectionDescriptorDatabase(with_key).get_services()
     methods = {f"/{name}/{method.name}" for name in served for method in Default().FindServiceByName(name).methods}
     assert methods == set(METHODS)
-    assert sorted(methods) == METHODS_BY_HAND, "what a new method needs is written here, too"
+    assert sorted(methods - NOT_YET) == METHODS_BY_HAND, "what a new method needs is written here, too"
 
 
 class WithKey(grpc.StreamStreamClientInterceptor):  # type: ignore[misc]
@@ -84,11 +96,11 @@ def test_a_scope_opens_its_methods_and_no_others(secured: SimpleNamespace, scope
         for method in METHODS_BY_HAND:
             message = GENERATE if method.endswith("/Generate") else b""
             code, details = outcome(channel, method, bearer(secured.keys[scope]), message)
-            may = method in ALL_MAY or (method in GENERATORS_MAY and scope == "generate")
+            may = scope in MAY[method]
             assert (code not in DENIED) == may, (method, code)
             if not may:
                 assert code is PERMISSION_DENIED
-                assert details == f"{method} asks for scope generate, and {scope!r} has {scope}"
+                assert details == f"{method} asks for scope {' or '.join(MAY[method])}, and {scope!r} has {scope}"
 
 
 def test_who_is_not_known_may_call_nothing(secured: SimpleNamespace) -> None:

@@ -257,7 +257,9 @@ class Engine:
         request_id = live.request.request_id
         events: Events = [(request_id, CompletionEnded(index, reason, stop))]
         if (completion := live.completions.pop(index, None)) is not None:
-            if (ended := self.retained.end(completion.sequence, reason)) is not None:
+            stopped = reason is FinishReason.ABORT and self.observed.has_stopped(request_id, index)
+            ended = self.retained.end(completion.sequence, FinishReason.STOP if stopped else reason)
+            if ended is not None:
                 live.ended.append(ended)
             self.scheduler.finish(completion.sequence)
         if not live.open:

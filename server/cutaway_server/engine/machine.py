@@ -78,6 +78,7 @@ class Holder:
     owner: Owner
     start: int  # the block's first position
     filled: int  # so many of its positions have K and V
+    tokens: tuple[int, ...]  # at these, where they may be told
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,50 +97,78 @@ class BlockState:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """The blocks of one completion that runs. `tokens` are empty where they may not be told."""
+
+    owner: Owner
+    blocks: tuple[int, ...]
+    stored: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Ledger:
     """All that is known of a tenant's blocks: `blocks_of` reads it, on any thread."""
 
     tenant: str
     state: CacheState
     books: Books
-    held: tuple[tuple[Owner, tuple[int, ...], int], ...]  # whose, which blocks, how many positions are stored
+    held: tuple[Held, ...]
     runs: tuple[Run, ...]
     now: float
+    tells_tokens: bool
 
 
-def ledger(engine: Engine, tenant: str) -> Ledger:
-    """Copy what `blocks_of` needs."""
-    now, running = time.monotonic(), engine.scheduler.running
+def ledger(engine: Engine, tenant: str, *, tokens: bool) -> Ledger:
+    """Copy what `blocks_of` needs; `tokens`: which tokens blocks hold may be told."""
+    now = time.monotonic()
+    held = (
+        Held(s.owner, tuple(s.blocks), s.stored, tuple(s.tokens) if tokens else ())
+        for s in engine.scheduler.running
+        if s.owner.tenant == tenant
+    )
     return Ledger(
-        tenant, cache_state(engine), engine.scheduler.pool.books(),
-        tuple((s.owner, tuple(s.blocks), s.stored) for s in running if s.owner.tenant == tenant),
-        tuple(engine.retained.of(tenant, now)), now,
+        tenant, cache_state(engine), engine.scheduler.pool.books(), tuple(held), tuple(engine.retained.of(tenant, now)),
+        now, tokens,
     )  # fmt: skip
+
+
+def own_counts(ledger: Ledger) -> tuple[int, int]:
+    """How many of the tenant's blocks are used, and cached."""
+    owners, references = ledger.books.owners, ledger.books.references
+    used = sum(1 for owner, count in zip(owners, references, strict=True) if count and owner.tenant == ledger.tenant)
+    return used, sum(1 for block in ledger.books.idle if owners[block].tenant == ledger.tenant)
 
 
 def blocks_of(ledger: Ledger) -> list[BlockState]:
     """The tenant's blocks, by number."""
-    books, size, tenant = ledger.books, ledger.state.page_size, ledger.tenant
+    books, tenant = ledger.books, ledger.tenant
     holders: dict[int, list[Holder]] = {}
-    for owner, blocks, stored in ledger.held:
-        for i, block in enumerate(blocks):
-            holders.setdefault(block, []).append(Holder(owner, i * size, max(0, min(size, stored - i * size))))
+    for held in ledger.held:
+        for i, block in enumerate(held.blocks):
+            holders.setdefault(block, []).append(_holder(held.owner, i, held.stored, held.tokens, ledger))
     keepers = _keepers(ledger)
     numbers = sorted({*holders, *(block for block in books.idle if books.owners[block].tenant == tenant)})
     return [_block(ledger, block, tuple(holders.get(block, keepers.get(block, ())))) for block in numbers]
 
 
+def _holder(owner: Owner, place: int, stored: int, tokens: tuple[int, ...], ledger: Ledger) -> Holder:
+    size = ledger.state.page_size
+    filled = max(0, min(size, stored - place * size))
+    told = tokens[place * size : place * size + filled] if ledger.tells_tokens else ()
+    return Holder(owner, place * size, filled, told)
+
+
 def _keepers(ledger: Ledger) -> dict[int, list[Holder]]:
     """The finished completions that blocks are kept for."""
     keepers: dict[int, list[Holder]] = {}
-    size = ledger.state.page_size
     for run in ledger.runs:
         for completion in run.completions:
             owner = Owner(run.request.tenant, run.request.request_id, completion.index)
             for i, lease in enumerate(completion.leases):
                 if ledger.books.generations[lease.block] == lease.generation:
-                    filled = min(size, completion.stored - i * size)
-                    keepers.setdefault(lease.block, []).append(Holder(owner, i * size, filled))
+                    holder = _holder(owner, i, completion.stored, completion.tokens, ledger)
+                    keepers.setdefault(lease.block, []).append(holder)
     return keepers
 
 
@@ -167,7 +196,7 @@ class Stage(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CompletionState:
-    """A completion, of a request with a computed prompt. `tokens` are of prompt and output, where they may be told."""
+    """A completion, of a request with a computed prompt. `tokens` are those made, where they may be told."""
 
     index: int
     generated: int
@@ -190,14 +219,15 @@ class RequestState:
     max_tokens: int
     preemptions: int
     age: float  # seconds since it arrived
-    since_end: float  # seconds since it ended; 0: it has not
+    since_end: float | None  # seconds since it ended; None: it has not
     ahead: int  # sequences that wait before it, if it waits
     completions: tuple[CompletionState, ...]
+    prompt: tuple[int, ...]  # where it may be told
 
 
 @dataclass(frozen=True, slots=True)
 class RequestsState:
-    """A tenant's requests, oldest first, those that have ended before the others; of all tenants only counts."""
+    """A tenant's requests, those that have ended before the others, oldest first; of all tenants only counts."""
 
     requests: tuple[RequestState, ...]
     live: int
@@ -223,7 +253,7 @@ def _ended(run: Run, now: float, tokens: bool) -> RequestState:
     completions = tuple(
         CompletionState(
             each.index, len(each.tokens) - prompt, each.stored, len(each.leases), each.reason.value,
-            each.tokens if tokens else (),
+            each.tokens[prompt:] if tokens else (),
         )
         for each in run.completions
     )  # fmt: skip
@@ -231,6 +261,7 @@ def _ended(run: Run, now: float, tokens: bool) -> RequestState:
     return RequestState(
         run.request.request_id, Stage.FINISHED, sampling.n, prompt, run.cached_tokens, prompt, sampling.max_tokens,
         run.timings.preemptions, now - run.request.arrival, now - run.ended, 0, completions,
+        run.request.prompt if tokens else (),
     )  # fmt: skip
 
 
@@ -242,8 +273,9 @@ def _live(live: LiveRequest, ahead: dict[Sequence, int], now: float, tokens: boo
     return RequestState(
         live.request.request_id, _stage(live, len(waits) == len(sequences)), sampling.n, prompt, live.cached_tokens,
         min(prompt, max(sequence.stored for sequence in sequences)), sampling.max_tokens, live.preemptions,
-        now - live.request.arrival, 0.0, min(waits, default=0),
+        now - live.request.arrival, None, min(waits, default=0),
         tuple(_completion(sequence, prompt, tokens) for sequence in sequences),
+        live.request.prompt if tokens else (),
     )  # fmt: skip
 
 
@@ -255,7 +287,7 @@ def _sequences(live: LiveRequest) -> list[Sequence]:
 
 def _completion(sequence: Sequence, prompt: int, tokens: bool) -> CompletionState:
     known = sequence.tokens[:-1] if sequence.promised else sequence.tokens
-    told = tuple(known) if tokens else ()
+    told = tuple(known[prompt:]) if tokens else ()
     return CompletionState(sequence.index, len(known) - prompt, sequence.stored, len(sequence.blocks), "", told)
 
 

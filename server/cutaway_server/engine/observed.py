@@ -164,6 +164,11 @@ class Observed:
         if watched is not None:
             watched.stopped.add(index)
 
+    def has_stopped(self, request_id: str, index: int) -> bool:
+        """Whether a stop text was found in completion `index`, whose abort means just that."""
+        watched = self._watched.get(request_id)
+        return watched is not None and index in watched.stopped
+
     def take(self, events: Items[tuple[str, Event]]) -> None:
         """Count what has become of requests."""
         now = time.monotonic()

@@ -20,8 +20,6 @@ from cutaway_server.errors import NotFound, Unsupported
 from cutaway_server.request import Request
 from cutaway_server.scheduler import Sequence
 
-PART_BYTES = 2 * 2**20  # read at once: about half a millisecond
-
 
 @dataclass(frozen=True, slots=True)
 class Stored:
@@ -46,10 +44,12 @@ def find_stored(engine: Engine, name: str, index: int) -> Stored:
     return Stored(request, index, len(found.tokens), found.stored, False)
 
 
-def read_stored(engine: Engine, of: Stored, layer: int, positions: Items[int]) -> tuple[Tensor, Tensor]:
-    """Keys (rotated) and values [n, kv_heads, d_head] of a layer at `positions`, all of them below `of.stored`: copies.
+def read_stored(
+    engine: Engine, of: Stored, layer: int, positions: Items[int], heads: Items[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Keys (rotated) and values [n, heads, d_head] of a layer at `positions`, all of them below `of.stored`: copies.
 
-    They are as stored; of a cache in 8 bits, in fp32.
+    They are as stored; of a cache in 8 bits, in fp32. `heads`: of which of the heads that keys have; None: of all.
 
     Raises:
         NotFound: the request has ended meanwhile and is not kept.
@@ -62,6 +62,8 @@ def read_stored(engine: Engine, of: Stored, layer: int, positions: Items[int]) -
     size = engine.pages.page_size
     slots = torch.tensor([blocks[position // size] * size + position % size for position in positions])
     keys, values = engine.pages.gather(layer, slots.to(engine.pages.keys.device))
+    if heads is not None:
+        keys, values = keys[:, list(heads)], values[:, list(heads)]
     return keys.cpu(), values.cpu()
 
 

@@ -54,7 +54,7 @@ def ask(
     """
     name = _name(message.request_id)
     options = sampling_options(message.sampling).over(limits.facts.defaults)
-    prompt = _prompt(message, model, limits)
+    prompt = prompt_of(message, model, limits)
     request = Request(
         name,
         prompt,
@@ -90,7 +90,8 @@ def _name(asked: str) -> str:
     return asked or f"req-{secrets.token_hex(8)}"
 
 
-def _prompt(message: v1.GenerateRequest, model: TextModel, limits: Limits) -> tuple[int, ...]:
+def prompt_of(message: v1.GenerateRequest, model: TextModel, limits: Limits) -> tuple[int, ...]:
+    """The tokens of a request's prompt; raises as `ask`."""
     ids: Sequence[int]
     check_flags(message)
     match message.WhichOneof("prompt"):

@@ -16,9 +16,14 @@ MAKERS = {  # by whether requests, and responses, are streams
 }
 
 
-def methods_of(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler[bytes, Message]:
-    """The methods of `service`, each behind `answering`."""
-    handlers = {method.name: _handler(method, servicer) for method in service.methods}
+def methods_of(service: ServiceDescriptor, *servicers: object) -> grpc.GenericRpcHandler[bytes, Message]:
+    """The methods of `service`, each of the servicer that has it, behind `answering`."""
+    handlers = {
+        method.name: _handler(method, servicer)
+        for servicer in servicers
+        for method in service.methods
+        if hasattr(servicer, method.name)
+    }
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
 
