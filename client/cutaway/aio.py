@@ -16,6 +16,7 @@ from cutaway import replies, requests
 from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, seconds
 from cutaway.client import HEALTH_CHECK
 from cutaway.errors import Cancelled
+from cutaway.machine_aio import AsyncMachineCalls
 from cutaway.options import GenerateOptions, TokenizeOptions
 from cutaway.results import Answer, Detokenized, Health, Model, Token, Tokenized
 from cutaway.security import File, security
@@ -114,7 +115,7 @@ def raise_unless_cancelled(error: asyncio.CancelledError) -> None:
     raise Cancelled("the call was cancelled") from error
 
 
-class AsyncClient:
+class AsyncClient(AsyncMachineCalls):
     """A connection to one server, for one event loop; `async with AsyncClient(...) as client`. See `Client`."""
 
     def __init__(
@@ -206,6 +207,10 @@ class AsyncClient:
         except asyncio.CancelledError as error:
             raise_unless_cancelled(error)
             raise
+
+    @property
+    def _proof(self) -> tuple[tuple[str, str], ...]:
+        return self._security.metadata
 
     def _seconds(self, timeout: float | None) -> float | None:
         return seconds(timeout, self.timeout)

@@ -15,6 +15,7 @@ from cutaway import replies, requests
 from cutaway.attempts import Attempts
 from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, seconds
 from cutaway.interrupt import cancelling
+from cutaway.machine_calls import MachineCalls
 from cutaway.options import GenerateOptions, TokenizeOptions
 from cutaway.results import Answer, Detokenized, Health, Model, Token, Tokenized
 from cutaway.security import File, security
@@ -97,7 +98,7 @@ class Stream(Transcript):
         self.close()
 
 
-class Client:
+class Client(MachineCalls):
     """A connection to one server: `Client("127.0.0.1:50051")`. Close it, or use it in a `with` block.
 
     `api_key` says who you are; it is sent over TLS, or within this machine. `tls=True` speaks TLS and trusts the usual

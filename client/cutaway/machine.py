@@ -71,7 +71,8 @@ class Block:
     """A block of the caller's tenant that is not free.
 
     `filled` of its positions have keys and values. `hash` is under what prompts that begin alike find it, empty if
-    they cannot. `idle_seconds` is 0 while a request holds it. `tokens` and `text` are empty unless the server tells them.
+    they cannot. `idle_seconds` is 0 while a request holds it. `tokens` and `text` are empty unless the server tells
+    them.
     """
 
     block: int

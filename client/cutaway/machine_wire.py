@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, TypedDict, TypeVar, cast
 
+from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.message import Message as WireMessage
 
 from cutaway.errors import InvalidArgument, ServerError
@@ -117,7 +118,7 @@ def blocks(parts: Iterable[pb.GetBlocksResponse]) -> Blocks:
 
 def _block(wire: pb.Block) -> Block:
     values = _plain(wire, ("block", "references", "filled", "hash", "made_by", "age_seconds", "idle_seconds", "text"))
-    use = cast("BlockUse", _word(pb.BlockUse.Name(wire.use), "BLOCK_USE_"))
+    use = cast("BlockUse", _word(pb.BlockUse.DESCRIPTOR, wire.use, "BLOCK_USE_"))
     holders = tuple(_flat(BlockHolder, holder) for holder in wire.holders)
     return Block(use=use, holders=holders, tokens=tuple(wire.tokens), **values)
 
@@ -125,7 +126,8 @@ def _block(wire: pb.Block) -> Block:
 def event(wire: pb.BlockEvent) -> BlockEvent:
     """One change of one block."""
     values = _plain(wire, ("block", "request_id", "index", "references", "hash", "source"))
-    return BlockEvent(change=cast("BlockChange", _word(pb.BlockChange.Name(wire.change), "BLOCK_CHANGE_")), **values)
+    change = cast("BlockChange", _word(pb.BlockChange.DESCRIPTOR, wire.change, "BLOCK_CHANGE_"))
+    return BlockEvent(change=change, **values)
 
 
 def step(wire: pb.Step) -> Step:
@@ -166,7 +168,7 @@ def _request(wire: pb.RequestInfo) -> RequestInfo:
         "age_seconds", "ahead", "prompt",
     )  # fmt: skip
     return RequestInfo(
-        stage=cast("Stage", _word(pb.RequestStage.Name(wire.stage), "REQUEST_STAGE_")),
+        stage=cast("Stage", _word(pb.RequestStage.DESCRIPTOR, wire.stage, "REQUEST_STAGE_")),
         ended_seconds=wire.ended_seconds if wire.HasField("ended_seconds") else None,
         completions=tuple(_completion(completion) for completion in wire.completions),
         **_plain(wire, names),
@@ -217,7 +219,7 @@ def _plain(wire: WireMessage, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(wire, name) for name in names}
 
 
-def _word(name: str, prefix: str) -> str:
-    return name.removeprefix(prefix).lower()
-
-
+def _word(enum: EnumDescriptor, value: int, prefix: str) -> str:
+    """A value's name as people write it; that of a newer server is unspecified."""
+    known = enum.values_by_number.get(value, enum.values_by_number[0])
+    return known.name.removeprefix(prefix).lower()
