@@ -463,7 +463,7 @@ def test_who_observes_may_not_read_values(shared: SimpleNamespace) -> None:
 async def test_the_asynchronous_client_tells_the_same(live: LiveServer) -> None:
     with Client(live.address) as client:
         async with AsyncClient(live.address) as other:
-            async with other.watch_steps() as steps, other.watch_cache() as cache:
+            async with other.watch_steps() as stepping, other.watch_cache() as cache:
                 await other.complete(token_ids=PROMPT, max_tokens=9, ignore_eos=True, request_id="one", temperature=0)
                 assert [len((await anext(stepping)).rows) for _ in range(9)] == [1] * 9
                 assert (await anext(cache)).change == "taken"
