@@ -20,9 +20,9 @@ from cutaway.machine_wire import ReadOptions
 from cutaway.options import GenerateOptions
 from cutaway.status import error_of
 from cutaway.v1 import machine_pb2 as pb
-from cutaway.v1.introspection_pb2_grpc import IntrospectionStub
 
 if TYPE_CHECKING:
+    from cutaway.aio import AsyncCalls
     from cutaway.v1.introspection_pb2_grpc import IntrospectionAsyncStub
 
     Asked = TypeVar("Asked")
@@ -131,7 +131,7 @@ class AsyncMachineCalls:
     """The calls; `AsyncClient` has them. `MachineCalls` says what each does."""
 
     address: str
-    _introspection: IntrospectionAsyncStub | None = None
+    _calls: AsyncCalls
 
     @abstractmethod
     async def _ask(
@@ -143,20 +143,13 @@ class AsyncMachineCalls:
     def _seconds(self, timeout: float | None) -> float | None:
         """The timeout that holds."""
 
-    @abstractmethod
-    def _open_channel(self) -> grpc.aio.Channel:
-        """The channel."""
-
     @property
     @abstractmethod
     def _proof(self) -> tuple[tuple[str, str], ...]:
         """The metadata that says who asks."""
 
     def _machine(self) -> IntrospectionAsyncStub:
-        channel = self._open_channel()  # raises if the client is closed
-        if self._introspection is None:
-            self._introspection = IntrospectionStub(channel)
-        return self._introspection
+        return self._calls.introspection
 
     async def cache_stats(self, *, timeout: float | None = None) -> CacheStats:
         """The KV cache in numbers: `blocks_total`, `blocks_used`, `blocks_cached`, `blocks_free`, hits, evictions."""

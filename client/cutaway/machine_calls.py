@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Self, TypeVar, Unpack
 
@@ -18,9 +17,11 @@ from cutaway.machine_wire import ReadOptions
 from cutaway.options import GenerateOptions
 from cutaway.status import error_of
 from cutaway.v1 import machine_pb2 as pb
-from cutaway.v1.introspection_pb2_grpc import IntrospectionStub
 
 if TYPE_CHECKING:
+    from cutaway.client import Calls
+    from cutaway.v1.introspection_pb2_grpc import IntrospectionStub
+
     Asked = TypeVar("Asked")
     Told = TypeVar("Told")
 
@@ -111,7 +112,7 @@ class MachineCalls:
     """The calls; `Client` has them. See each for the scope that it asks for."""
 
     address: str
-    _channel: grpc.Channel
+    _calls: Calls
     _metadata: tuple[tuple[str, str], ...]
 
     @abstractmethod
@@ -126,9 +127,9 @@ class MachineCalls:
     def _check_open(self) -> None:
         """Raise RuntimeError if the client is closed."""
 
-    @cached_property
+    @property
     def _machine(self) -> IntrospectionStub:
-        return IntrospectionStub(self._channel)
+        return self._calls.introspection
 
     def cache_stats(self, *, timeout: float | None = None) -> CacheStats:
         """The KV cache in numbers: `blocks_total`, `blocks_used`, `blocks_cached`, `blocks_free`, hits, evictions.
@@ -148,13 +149,14 @@ class MachineCalls:
     def read_cache(self, request_id: str, **options: Unpack[ReadOptions]) -> CacheContents:
         """Keys and values [layer, pos, kv_head, d_head] of a request that runs, or has ended and is kept.
 
-        `index` is the completion; `layers`, `heads`, `positions` ("all", "prompt", "generated", "last" or numbers)
+        `index` is the completion; `layers`, `heads` and `positions` ("all", "prompt", "generated", [5, -1], ...)
         select; `dtype` is "F32", "F16", "BF16" or, unset, as stored. Asks for the scope `introspect`.
 
         Raises:
             NotFound: no such request or completion.
             FailedPrecondition: others needed the room of its blocks, or it was preempted while it was read.
-            InvalidArgument: the selection is impossible, or over `max_bytes` or the server's limit.
+            InvalidArgument: the selection is impossible.
+            ResourceExhausted: it is over `max_bytes`, or the server's limit.
         """
         reader = wire.CacheReader()
         request = wire.read_request(request_id, options)

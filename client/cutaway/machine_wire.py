@@ -9,7 +9,8 @@ from typing import Any, TypedDict, TypeVar, cast
 from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.message import Message as WireMessage
 
-from cutaway.errors import InvalidArgument, ServerError
+from cutaway.capture import Positions, indices, positions
+from cutaway.errors import ServerError
 from cutaway.machine import (
     Block,
     BlockChange,
@@ -32,16 +33,9 @@ from cutaway.options import GenerateOptions
 from cutaway.receiving import Receiver
 from cutaway.replies import FINISH_REASONS
 from cutaway.requests import generate_request, put, refuse_unknown
-from cutaway.v1 import capture_pb2
 from cutaway.v1 import machine_pb2 as pb
 
 KEYS, VALUES = "blocks.*.attn.hook_rot_k", "blocks.*.attn.hook_v"
-REGIONS = {
-    "all": capture_pb2.REGION_ALL,
-    "prompt": capture_pb2.REGION_PROMPT,
-    "generated": capture_pb2.REGION_GENERATED,
-    "last": capture_pb2.REGION_LAST,
-}
 
 Flat = TypeVar("Flat", CacheStats, BlockHolder, CacheHit)
 
@@ -49,14 +43,14 @@ Flat = TypeVar("Flat", CacheStats, BlockHolder, CacheHit)
 class ReadOptions(TypedDict, total=False):
     """What to read of a request's keys and values; what is missing or None is everything.
 
-    `index` names the completion (0), `positions` are "all", "prompt", "generated", "last" (of the prompt) or numbers,
+    `index` names the completion (0), `positions` are as in `Capture`, of those that are stored,
     `dtype` is what is sent: "F32", "F16", "BF16", or as stored. More than `max_bytes` are refused.
     """
 
     index: int
     layers: Iterable[int] | None
     heads: Iterable[int] | None
-    positions: str | Iterable[int] | None
+    positions: Positions | None
     dtype: str | None
     max_bytes: int | None
     timeout: float | None
@@ -73,20 +67,14 @@ def read_request(request_id: str, options: ReadOptions) -> pb.ReadCacheRequest:
     request = pb.ReadCacheRequest(request_id=request_id)
     for name in ("index", "dtype", "max_bytes"):
         put(request, name, options.get(name))
-    for name in ("layers", "heads"):
-        if options.get(name) is not None:
-            put(getattr(request, name), "list", options.get(name))
-    _put_positions(request.positions, options.get("positions"))
+    layers, heads, where = options.get("layers"), options.get("heads"), options.get("positions")
+    if layers is not None:
+        request.layers.CopyFrom(indices(layers, "layers"))
+    if heads is not None:
+        request.heads.CopyFrom(indices(heads, "heads"))
+    if where is not None and where != "all":
+        request.positions.CopyFrom(positions(where))
     return request
-
-
-def _put_positions(message: capture_pb2.Positions, positions: str | Iterable[int] | None) -> None:
-    if isinstance(positions, str):
-        if positions not in REGIONS:
-            raise InvalidArgument(f"positions: {positions!r}: must be one of {', '.join(REGIONS)}, or numbers")
-        message.spans.add(region=REGIONS[positions])
-    elif positions is not None:
-        put(message, "list", positions)
 
 
 def predict_request(prompt: str | None, options: GenerateOptions) -> pb.PredictCacheHitRequest:

@@ -24,8 +24,8 @@ class Received:
 class Receiver:
     """Takes headers and chunks of one stream, in any mixture; gives each tensor once it is whole."""
 
-    def __init__(self) -> None:
-        self.model_hash = ""
+    def __init__(self, model_hash: str = "") -> None:
+        self.model_hash = model_hash
         self._open: dict[int, tuple[pb.TensorHeader, bytearray, int]] = {}
 
     def header(self, header: pb.TensorHeader) -> Received | None:

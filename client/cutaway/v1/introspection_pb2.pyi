@@ -359,6 +359,72 @@ class GetAttentionResponse(_message.Message):
 Global___GetAttentionResponse: _TypeAlias = GetAttentionResponse  # noqa: Y015
 
 @_typing.final
+class LogitLensRequest(_message.Message):
+    """Whose residual stream to read as predictions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATE_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    LENS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def generate(self) -> _inference_pb2.GenerateRequest:
+        """The prompt, as for Trace. It has no captures."""
+
+    @_builtins.property
+    def layers(self) -> _capture_pb2.Indices:
+        """Which layers, counted as for GetHiddenStates: n_layers gives the logits that are served. Unset: all."""
+
+    @_builtins.property
+    def positions(self) -> _capture_pb2.Positions:
+        """Which rows. Unset: all."""
+
+    @_builtins.property
+    def lens(self) -> _capture_pb2.Lens:
+        """What to tell of each row."""
+
+    def __init__(
+        self,
+        *,
+        generate: _inference_pb2.GenerateRequest | None = ...,
+        layers: _capture_pb2.Indices | None = ...,
+        positions: _capture_pb2.Positions | None = ...,
+        lens: _capture_pb2.Lens | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate", "layers", b"layers", "lens", b"lens", "positions", b"positions"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate", "layers", b"layers", "lens", b"lens", "positions", b"positions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogitLensRequest: _TypeAlias = LogitLensRequest  # noqa: Y015
+
+@_typing.final
+class LogitLensResponse(_message.Message):
+    """One message of the stream: as of Generate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def event(self) -> _inference_pb2.GenerateResponse:
+        """What it tells."""
+
+    def __init__(
+        self,
+        *,
+        event: _inference_pb2.GenerateResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogitLensResponse: _TypeAlias = LogitLensResponse  # noqa: Y015
+
+@_typing.final
 class EstimateRequest(_message.Message):
     """What to estimate."""
 
@@ -391,19 +457,16 @@ class EstimateResponse(_message.Message):
     BYTES_FIELD_NUMBER: _builtins.int
     CAPTURE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_BYTES_FIELD_NUMBER: _builtins.int
-    REVISITED_ROWS_FIELD_NUMBER: _builtins.int
     OPEN_LAYERS_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
     bytes: _builtins.int
     """Bytes of all tensors."""
     max_bytes: _builtins.int
     """The server's limit for one request."""
-    revisited_rows: _builtins.int
-    """Prompt rows that are in the prefix cache now, and would be computed again to be looked at."""
     open_layers: _builtins.int
     """Layers in which an operation would be computed a second time for rows that are looked at."""
     refusal: _builtins.str
-    """Why the request would be refused. Empty: it would not."""
+    """Why the request would be refused for its size. Empty: it would not. What breaks a rule is refused as by the call."""
     @_builtins.property
     def capture_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Bytes of each capture's."""
@@ -414,13 +477,12 @@ class EstimateResponse(_message.Message):
         bytes: _builtins.int = ...,
         capture_bytes: _abc.Iterable[_builtins.int] | None = ...,
         max_bytes: _builtins.int = ...,
-        revisited_rows: _builtins.int = ...,
         open_layers: _builtins.int = ...,
         refusal: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "capture_bytes", b"capture_bytes", "max_bytes", b"max_bytes", "open_layers", b"open_layers", "refusal", b"refusal", "revisited_rows", b"revisited_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "capture_bytes", b"capture_bytes", "max_bytes", b"max_bytes", "open_layers", b"open_layers", "refusal", b"refusal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -56,6 +56,11 @@ class IntrospectionStub:
                 request_serializer=cutaway_dot_v1_dot_introspection__pb2.GetAttentionRequest.SerializeToString,
                 response_deserializer=cutaway_dot_v1_dot_introspection__pb2.GetAttentionResponse.FromString,
                 _registered_method=True)
+        self.LogitLens = channel.unary_stream(
+                '/cutaway.v1.Introspection/LogitLens',
+                request_serializer=cutaway_dot_v1_dot_introspection__pb2.LogitLensRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_introspection__pb2.LogitLensResponse.FromString,
+                _registered_method=True)
         self.Estimate = channel.unary_unary(
                 '/cutaway.v1.Introspection/Estimate',
                 request_serializer=cutaway_dot_v1_dot_introspection__pb2.EstimateRequest.SerializeToString,
@@ -125,6 +130,13 @@ class IntrospectionServicer:
 
     def GetAttention(self, request, context):
         """Streams attention patterns of a prompt: the short way to another.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LogitLens(self, request, context):
+        """Streams what the model would say if it ended after each layer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -208,6 +220,11 @@ def add_IntrospectionServicer_to_server(servicer, server):
                     servicer.GetAttention,
                     request_deserializer=cutaway_dot_v1_dot_introspection__pb2.GetAttentionRequest.FromString,
                     response_serializer=cutaway_dot_v1_dot_introspection__pb2.GetAttentionResponse.SerializeToString,
+            ),
+            'LogitLens': grpc.unary_stream_rpc_method_handler(
+                    servicer.LogitLens,
+                    request_deserializer=cutaway_dot_v1_dot_introspection__pb2.LogitLensRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_introspection__pb2.LogitLensResponse.SerializeToString,
             ),
             'Estimate': grpc.unary_unary_rpc_method_handler(
                     servicer.Estimate,
@@ -359,6 +376,33 @@ class Introspection:
             '/cutaway.v1.Introspection/GetAttention',
             cutaway_dot_v1_dot_introspection__pb2.GetAttentionRequest.SerializeToString,
             cutaway_dot_v1_dot_introspection__pb2.GetAttentionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LogitLens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cutaway.v1.Introspection/LogitLens',
+            cutaway_dot_v1_dot_introspection__pb2.LogitLensRequest.SerializeToString,
+            cutaway_dot_v1_dot_introspection__pb2.LogitLensResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,6 +42,8 @@ class IntrospectionStub:
     """Streams the residual stream of a prompt: the short way to a common question."""
     GetAttention: _grpc.UnaryStreamMultiCallable[_introspection_pb2.GetAttentionRequest, _introspection_pb2.GetAttentionResponse]
     """Streams attention patterns of a prompt: the short way to another."""
+    LogitLens: _grpc.UnaryStreamMultiCallable[_introspection_pb2.LogitLensRequest, _introspection_pb2.LogitLensResponse]
+    """Streams what the model would say if it ended after each layer."""
     Estimate: _grpc.UnaryUnaryMultiCallable[_introspection_pb2.EstimateRequest, _introspection_pb2.EstimateResponse]
     """Tells what a request would send and cost, and whether it would be refused, without computing it."""
     GetCacheStats: _grpc.UnaryUnaryMultiCallable[_machine_pb2.GetCacheStatsRequest, _machine_pb2.GetCacheStatsResponse]
@@ -72,6 +74,8 @@ class IntrospectionAsyncStub(IntrospectionStub):
     """Streams the residual stream of a prompt: the short way to a common question."""
     GetAttention: _aio.UnaryStreamMultiCallable[_introspection_pb2.GetAttentionRequest, _introspection_pb2.GetAttentionResponse]  # type: ignore[assignment]
     """Streams attention patterns of a prompt: the short way to another."""
+    LogitLens: _aio.UnaryStreamMultiCallable[_introspection_pb2.LogitLensRequest, _introspection_pb2.LogitLensResponse]  # type: ignore[assignment]
+    """Streams what the model would say if it ended after each layer."""
     Estimate: _aio.UnaryUnaryMultiCallable[_introspection_pb2.EstimateRequest, _introspection_pb2.EstimateResponse]  # type: ignore[assignment]
     """Tells what a request would send and cost, and whether it would be refused, without computing it."""
     GetCacheStats: _aio.UnaryUnaryMultiCallable[_machine_pb2.GetCacheStatsRequest, _machine_pb2.GetCacheStatsResponse]  # type: ignore[assignment]
@@ -123,6 +127,14 @@ class IntrospectionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_introspection_pb2.GetAttentionResponse], _abc.AsyncIterator[_introspection_pb2.GetAttentionResponse]]:
         """Streams attention patterns of a prompt: the short way to another."""
+
+    @_abc_1.abstractmethod
+    def LogitLens(
+        self,
+        request: _introspection_pb2.LogitLensRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_introspection_pb2.LogitLensResponse], _abc.AsyncIterator[_introspection_pb2.LogitLensResponse]]:
+        """Streams what the model would say if it ended after each layer."""
 
     @_abc_1.abstractmethod
     def Estimate(

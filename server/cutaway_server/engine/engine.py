@@ -14,13 +14,17 @@ import torch
 
 from cutaway_server.cache.pages import Pages
 from cutaway_server.engine.batch import BatchBuilder
+from cutaway_server.engine.looking import looks_of
 from cutaway_server.engine.observed import FORWARD, PREPARE, REPORT, SAMPLE, SCHEDULE, Observed
 from cutaway_server.engine.requests import Completion, LiveRequest
 from cutaway_server.engine.retained import Retained, Run
 from cutaway_server.engine.scoring import score
 from cutaway_server.engine.watched import Watched
 from cutaway_server.errors import CutawayError, DeadlineExceeded, EngineFailed
+from cutaway_server.model.probed import Probe
 from cutaway_server.model.transformer import Transformer
+from cutaway_server.probe.looks import Look
+from cutaway_server.probe.recorder import Recorder
 from cutaway_server.request import (
     CompletionEnded,
     Event,
@@ -111,7 +115,11 @@ class Engine:
         self.steps += 1
         wanted = [_wanted(work) for work in schedule.work]
         self.observed.mark(SCHEDULE)
-        residual = self._compute(schedule, wanted)
+        looks = looks_of(schedule, self.live) if any(work.sequence.request.probed for work in schedule.work) else []
+        probe = self._probe(looks) if looks else None
+        residual = self._compute(schedule, wanted, probe)
+        if probe is not None:
+            events += self._captured(probe)
         self.scheduler.complete(schedule)
         draws: list[Draw] = []
         for work, count, end in zip(schedule.work, wanted, accumulate(wanted), strict=True):
@@ -128,13 +136,26 @@ class Engine:
         self.watched.computed(schedule, self.steps)
         return events
 
-    def _compute(self, schedule: Schedule, wanted: list[int]) -> torch.Tensor:
+    def _compute(self, schedule: Schedule, wanted: list[int], probe: Probe | None) -> torch.Tensor:
         """The last residuals of the wanted rows, so many at the end of each work, one after the other."""
         self._copy(schedule)
         batch = self.builder.build(schedule.work, wanted)
-        residual = self.model.forward(batch, self.pages, self._prepared)
+        residual = self.model.forward(batch, self.pages, self._prepared, probe)
         self.observed.mark(FORWARD)
         return residual
+
+    def _probe(self, looks: list[Look]) -> Probe:
+        return Probe(Recorder(self.model.kernels, looks, self.pages.keys.device, self.steps))
+
+    def _captured(self, probe: Probe) -> Events:
+        """What was seen in a step; a request for which that failed ends."""
+        events: Events = []
+        for request_id, found in probe.recorder.pieces():
+            if isinstance(found, Exception):
+                events += self.fail(request_id, found)
+            elif request_id in self.live:
+                events.append((request_id, found))
+        return events
 
     def _prepared(self) -> None:
         self.observed.mark(PREPARE)

@@ -43,6 +43,7 @@ METHODS: Mapping[str, frozenset[Scope]] = {
     INTROSPECTION + "Trace": INTROSPECT,
     INTROSPECTION + "GetHiddenStates": INTROSPECT,
     INTROSPECTION + "GetAttention": INTROSPECT,
+    INTROSPECTION + "LogitLens": INTROSPECT,
     INTROSPECTION + "Estimate": INTROSPECT,
     INTROSPECTION + "GetCacheStats": OBSERVE,
     INTROSPECTION + "GetBlocks": OBSERVE,

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from cutaway.v1 import capture_pb2, tensor_pb2
 from cutaway.v1 import machine_pb2 as v1
+from cutaway.v1 import tensor_pb2
 from torch import Tensor
 
 from cutaway_server.engine.build import WIRE_DTYPES, EngineFacts
 from cutaway_server.engine.stored import Stored
-from cutaway_server.errors import InvalidField
+from cutaway_server.errors import InvalidField, OverBudget
+from cutaway_server.service.selecting import indices, rows
 from cutaway_server.service.tensors import CHUNK_BYTES, Axis, header
 
 KEYS, VALUES = "blocks.*.attn.hook_rot_k", "blocks.*.attn.hook_v"
@@ -69,68 +70,23 @@ def reading_of(request: v1.ReadCacheRequest, stored: Stored, facts: EngineFacts,
     """What `request` means.
 
     Raises:
-        InvalidField: it names what there is not, or is too much.
+        InvalidField: it names what there is not.
+        OverBudget: it is too much.
     """
     config = facts.config
     if request.dtype and request.dtype not in DTYPES:
         raise InvalidField("dtype", request.dtype, f"must be one of {', '.join(DTYPES)}, or empty: as stored")
-    reading = Reading(
-        stored,
-        _indices("layers", request.layers, config.n_layers),
-        _indices("heads", request.heads, config.n_kv_heads),
-        _positions(request.positions, len(stored.request.prompt), stored.stored),
-        config.d_head,
-        DTYPES[request.dtype or facts.dtype],
-    )
+    layers, heads = tuple(range(config.n_layers)), tuple(range(config.n_kv_heads))
+    if request.HasField("layers"):
+        layers = indices(request.layers, config.n_layers, "layers", "layers")
+    if request.HasField("heads"):
+        heads = indices(request.heads, config.n_kv_heads, "heads", "heads of keys and values")
+    chosen = rows(request.positions, "positions", len(stored.request.prompt), stored.stored)
+    positions = tuple(chosen.within(0, stored.stored))
+    reading = Reading(stored, layers, heads, positions, config.d_head, DTYPES[request.dtype or facts.dtype])
     size = 2 * reading.tensor_bytes
     if request.HasField("max_bytes") and size > request.max_bytes:
-        raise InvalidField("max_bytes", request.max_bytes, f"keys and values asked for are {size} bytes")
+        raise OverBudget(f"keys and values asked for are {size} bytes, and max_bytes is {request.max_bytes}")
     if size > most_bytes:
-        rule = f"keys and values asked for are {size} bytes, and the server sends at most {most_bytes} at a time"
-        raise InvalidField("positions", f"{len(reading.positions)} positions", rule)
+        raise OverBudget(f"keys and values asked for are {size} bytes, and the server allows a request {most_bytes}")
     return reading
-
-
-def _indices(field: str, message: capture_pb2.Indices, size: int) -> tuple[int, ...]:
-    for place, index in enumerate(message.list):
-        if not -size <= index < size:
-            raise InvalidField(f"{field}.list[{place}]", index, f"must be in [{-size}, {size})")
-    return tuple(sorted({index % size for index in message.list})) or tuple(range(size))
-
-
-def _positions(message: capture_pb2.Positions, prompt: int, stored: int) -> tuple[int, ...]:
-    """Positions meant, ascending."""
-    if not message.spans and not message.list:
-        return tuple(range(stored))
-    chosen: set[int] = set()
-    for place, span in enumerate(message.spans):
-        start, stop = _region(span.region, prompt, stored)
-        first = start + span.start if span.region in FROM_START else max(start, span.start)
-        last = start + span.stop if span.region in FROM_START else span.stop
-        last = min(stop, last) if span.HasField("stop") else stop
-        if span.HasField("stop") and span.stop < span.start:
-            raise InvalidField(f"positions.spans[{place}].stop", span.stop, f"must not be below start ({span.start})")
-        chosen.update(range(first, last, span.step or 1))
-    for place, position in enumerate(message.list):
-        if not -prompt <= position < stored:
-            rule = f"must be in [{-prompt}, {stored}): the request has keys and values of so many positions now"
-            raise InvalidField(f"positions.list[{place}]", position, rule)
-        chosen.add(position + prompt if position < 0 else position)
-    return tuple(sorted(position for position in chosen if position < stored))
-
-
-FROM_START = (capture_pb2.REGION_GENERATED, capture_pb2.REGION_STEPS)  # whose spans count from the region's first
-
-
-def _region(region: int, prompt: int, stored: int) -> tuple[int, int]:
-    match region:
-        case capture_pb2.REGION_PROMPT:
-            return 0, min(prompt, stored)
-        case capture_pb2.REGION_GENERATED:
-            return prompt, stored
-        case capture_pb2.REGION_STEPS:
-            return prompt - 1, stored
-        case capture_pb2.REGION_LAST:
-            return prompt - 1, min(prompt, stored)
-        case _:
-            return 0, stored

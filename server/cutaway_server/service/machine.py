@@ -16,11 +16,12 @@ from cutaway_server.engine.machine import cached_prefix, ledger, requests_state
 from cutaway_server.engine.stored import find_stored, read_stored
 from cutaway_server.errors import NotFound
 from cutaway_server.scheduler.prefix import digests_of
-from cutaway_server.service.asking import Limits, prompt_of
+from cutaway_server.service.asking import prompt_of
 from cutaway_server.service.cache_reading import Reading, reading_of
 from cutaway_server.service.caller import current
 from cutaway_server.service.desk import full_name
-from cutaway_server.service.inference import MAX_NAME, Served
+from cutaway_server.service.generation import Generation, Served
+from cutaway_server.service.inference import MAX_NAME
 from cutaway_server.service.machine_wire import (
     blocks_messages,
     events_of,
@@ -38,15 +39,16 @@ Seen = TypeVar("Seen")
 class Machine:
     """The methods, for `methods_of`. Until `connect` is called they are UNAVAILABLE."""
 
-    def __init__(self, workers: Workers, config: Config) -> None:
+    def __init__(self, generation: Generation, workers: Workers, config: Config) -> None:
+        self._generation = generation
         self._workers = workers
         self._config = config
-        self._parts: tuple[Looking, Served] | None = None
+        self._looking: Looking | None = None
         self.watchers = Watchers(tokens=config.inspect_text)
 
-    def connect(self, looking: Looking, served: Served) -> None:
+    def connect(self, looking: Looking) -> None:
         """Say what is looked at."""
-        self._parts = looking, served
+        self._looking = looking
 
     async def GetCacheStats(self, request: v1.GetCacheStatsRequest, context: Context) -> v1.GetCacheStatsResponse:
         """Count the blocks."""
@@ -111,7 +113,7 @@ class Machine:
         """Look for a prompt in the prefix cache."""
         _, served = self._ready()
         generate, tenant, facts = request.generate, _tenant(), served.facts
-        limits = Limits(facts, self._config.max_prompt_bytes, self._config.max_backlog)
+        limits = self._generation.limits()
         pool = await self._look(lambda engine: engine.scheduler.pool)
 
         def hashed() -> tuple[int, list[bytes]]:
@@ -138,9 +140,9 @@ class Machine:
         return await asyncio.wrap_future(looking.look(function))
 
     def _ready(self) -> tuple[Looking, Served]:
-        if self._parts is None:
+        if self._looking is None:
             raise Loading("the model is still being loaded")
-        return self._parts
+        return self._looking, self._generation.ready()
 
 
 def _tenant() -> str:

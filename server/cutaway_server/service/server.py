@@ -22,8 +22,10 @@ from cutaway_server.service.access import Gate
 from cutaway_server.service.audit import AuditLog
 from cutaway_server.service.credentials import CredentialStore
 from cutaway_server.service.desk import Backend, Desk
+from cutaway_server.service.generation import Generation, Served
 from cutaway_server.service.health import Health, first_of
-from cutaway_server.service.inference import Inference, Served
+from cutaway_server.service.inference import Inference
+from cutaway_server.service.introspection import Introspection
 from cutaway_server.service.machine import Machine
 from cutaway_server.service.methods import methods_of
 from cutaway_server.service.metrics import Metrics
@@ -59,8 +61,8 @@ class Server:
         self._config = config
         self._workers = Workers(config.tokenizer_threads, config.max_running + config.max_queued)
         self.desk = Desk(asyncio.get_running_loop())
-        self._inference = Inference(self.desk, self._workers, config)
-        self._machine = Machine(self._workers, config)
+        self._generation = Generation(self.desk, self._workers, config)
+        self._machine = Machine(self._generation, self._workers, config)
         self._health = Health(("", INFERENCE.full_name, INTROSPECTION.full_name))
         self.metrics = Metrics(config)
         self._credentials = CredentialStore(config.api_keys) if config.api_keys is not None else None
@@ -72,8 +74,10 @@ class Server:
             maximum_concurrent_rpcs=bounds.most_calls(config),
         )
         reflection = Reflection(service.full_name for service in SERVICES)
-        parts = zip(SERVICES, (self._inference, self._machine, self._health, reflection), strict=True)
-        self._grpc.add_generic_rpc_handlers([methods_of(service, part) for service, part in parts])
+        inference = Inference(self.desk, self._workers, config, self._generation)
+        looking = (Introspection(self._generation), self._machine)
+        parts = zip(SERVICES, ((inference,), looking, (self._health,), (reflection,)), strict=True)
+        self._grpc.add_generic_rpc_handlers([methods_of(service, *part) for service, part in parts])
         self._probed: grpc.aio.Server | None = None
         self.health_address: str | None = None  # of --health-listen, with the port that was picked
 
@@ -105,8 +109,8 @@ class Server:
     async def serve(self, backend: Backend, facts: EngineFacts, text: TextModel) -> None:
         """Take requests from now on."""
         self.desk.connect(backend)
-        self._inference.served = served = Served(self._config.name, facts, text)
-        self._machine.connect(backend, served)
+        self._generation.served = Served(self._config.name, facts, text)
+        self._machine.connect(backend)
         await self._tell(serving=True)
 
     async def drain(self, *cuts: asyncio.Event) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 from cutaway.v1 import tensor_pb2 as v1
 from numpy.typing import NDArray
 
+from cutaway_server.captures import Captured, Part
+
 CHUNK_BYTES = 2**20
 
 
@@ -36,3 +38,15 @@ def _axis(axis: Axis) -> v1.Axis:
     if isinstance(axis.at, range) and axis.at.step == 1:
         return v1.Axis(name=axis.name, size=len(axis.at), first=axis.at.start if axis.at else 0)
     return v1.Axis(name=axis.name, size=len(axis.at), at=axis.at)
+
+
+def tensor_header(event: Captured, part: Part, number: int) -> v1.TensorHeader:
+    """The header of one part of what was captured, as tensor `number` of its stream."""
+    axes = (Axis(name, at) for name, at in part.axes)
+    made = header(event.name, part.dtype, axes, part.data.nbytes)
+    made.id, made.part, made.capture, made.step, made.revisited = (
+        number, part.name, event.number, event.step, event.revisited,
+    )  # fmt: skip
+    if event.index is not None:
+        made.index = event.index
+    return made
