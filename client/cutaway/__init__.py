@@ -22,6 +22,21 @@ from cutaway.errors import (
     Unauthenticated,
     Unavailable,
 )
+from cutaway.machine import (
+    Block,
+    BlockEvent,
+    BlockHolder,
+    Blocks,
+    CacheContents,
+    CacheHit,
+    CacheStats,
+    CompletionInfo,
+    RequestInfo,
+    Requests,
+    Step,
+    StepRows,
+    StepToken,
+)
 from cutaway.options import GenerateOptions, Message, Sampling, TokenizeOptions
 from cutaway.results import (
     Answer,
@@ -52,6 +67,8 @@ if TYPE_CHECKING:
     from cutaway.arrays import Array, Arrays
     from cutaway.capture import Capture
     from cutaway.client import Client, Stream
+    from cutaway.machine_aio import AsyncWatch
+    from cutaway.machine_calls import Watch
 
 __all__ = [
     "AlreadyExists",
@@ -61,10 +78,19 @@ __all__ = [
     "Arrays",
     "AsyncClient",
     "AsyncStream",
+    "AsyncWatch",
+    "Block",
+    "BlockEvent",
+    "BlockHolder",
+    "Blocks",
+    "CacheContents",
+    "CacheHit",
+    "CacheStats",
     "Cancelled",
     "Capture",
     "Client",
     "Completion",
+    "CompletionInfo",
     "CutawayError",
     "DeadlineExceeded",
     "Detokenized",
@@ -84,10 +110,15 @@ __all__ = [
     "Point",
     "PromptToken",
     "QueueFull",
+    "RequestInfo",
+    "Requests",
     "ResourceExhausted",
     "Sampling",
     "ServerError",
     "Started",
+    "Step",
+    "StepRows",
+    "StepToken",
     "Stream",
     "TextInfo",
     "Timings",
@@ -98,6 +129,7 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Usage",
+    "Watch",
     "WordMerges",
 ]
 
@@ -112,6 +144,14 @@ def __getattr__(name: str) -> object:
         from cutaway import aio
 
         return getattr(aio, name)
+    if name == "Watch":
+        from cutaway import machine_calls
+
+        return machine_calls.Watch
+    if name == "AsyncWatch":
+        from cutaway import machine_aio
+
+        return machine_aio.AsyncWatch
     if name in ("Array", "Arrays"):
         from cutaway import arrays
 

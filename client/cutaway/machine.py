@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from cutaway.arrays import Array
 from cutaway.results import FinishReason
+
+if TYPE_CHECKING:
+    from cutaway.arrays import Array
 
 BlockUse = Literal["used", "cached", "retained", "unspecified"]
 BlockChange = Literal["taken", "copied", "shared", "released", "published", "evicted", "unspecified"]
