@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from cutaway_server.cache.events import BlockEvent, Owner
@@ -70,7 +70,7 @@ class Watched:
         self._tell: Callable[[Told], None] = lambda _: None
         self._schedule: Schedule | None = None
         self._rows: tuple[StepRow, ...] = ()
-        self._tenants: dict[str, str] = {}  # by request, of the last two steps
+        self._owners: dict[tuple[str, int], Owner] = {}  # of the last two steps' rows
         self._sampled: list[NewToken] = []
         self._reports: list[StepReport] = []
         self._step = 0
@@ -81,7 +81,7 @@ class Watched:
         pool = self._scheduler.pool
         pool.log = (pool.log or []) if blocks else None
         if not steps:
-            self._schedule, self._rows, self._tenants = None, (), {}
+            self._schedule, self._rows, self._owners = None, (), {}
             self._sampled.clear()
             self._reports.clear()
 
@@ -89,7 +89,7 @@ class Watched:
         """A step has been computed, or is on its way."""
         if not self._steps:
             return
-        before = {row.owner.request_id: row.owner.tenant for row in self._rows}
+        before = self._rows
         self._schedule, self._step = schedule, step
         self._rows = tuple(
             [
@@ -100,22 +100,33 @@ class Watched:
                 for work in schedule.work
             ]
         )  # fmt: skip
-        self._tenants = before | {row.owner.request_id: row.owner.tenant for row in self._rows}
+        if len(before) != len(self._rows) or any(a[0] is not b[0] for a, b in zip(before, self._rows, strict=True)):
+            self._owners = {(row.owner.request_id, row.owner.index): row.owner for row in (*before, *self._rows)}
 
     def over(self, events: Items[tuple[str, Event]], seconds: Items[float]) -> None:
         """A call of `Engine.step` is over, these events came of it, and it took so long by phase."""
         if not self._steps:
             return
         self._sampled += [
-            NewToken(Owner(self._tenants.get(name, ""), name, event.index), event.step, event.token)
+            NewToken(owner, event.step, event.token)
             for name, event in events
-            if type(event) is Sampled and name in self._tenants
+            if type(event) is Sampled and (owner := self._owner(name, event.index)) is not None
         ]
         if self._schedule is not None:
             self._reports.append(self._report(self._schedule, self._rows, tuple(seconds)))
         elif self._sampled:
             self._reports.append(self._report(Schedule(), (), ()))
         self._schedule = None
+
+    def _owner(self, name: str, index: int) -> Owner | None:
+        """Whose token it is. A twin's first one comes out of the prompt's row, which was completion 0's.
+
+        None if its row was computed before anybody watched.
+        """
+        owner = self._owners.get((name, index))
+        if owner is None and (name, 0) in self._owners:
+            owner = replace(self._owners[name, 0], index=index)
+        return owner
 
     def _report(self, schedule: Schedule, rows: tuple[StepRow, ...], seconds: tuple[float, ...]) -> StepReport:
         scheduler = self._scheduler
