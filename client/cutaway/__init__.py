@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from cutaway.arrays import Array, Arrays
     from cutaway.capture import Capture
     from cutaway.client import Client, Stream
+    from cutaway.edit import Edit
     from cutaway.machine_aio import AsyncWatch
     from cutaway.machine_calls import Watch
 
@@ -94,6 +95,7 @@ __all__ = [
     "CutawayError",
     "DeadlineExceeded",
     "Detokenized",
+    "Edit",
     "Estimate",
     "FailedPrecondition",
     "FinishReason",
@@ -160,4 +162,8 @@ def __getattr__(name: str) -> object:
         from cutaway import capture
 
         return capture.Capture
+    if name == "Edit":
+        from cutaway import edit
+
+        return edit.Edit
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from cutaway import replies, requests
 from cutaway.aio_inspecting import AsyncInspecting
-from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, seconds
+from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, check_address, seconds
 from cutaway.client import HEALTH_CHECK
 from cutaway.errors import Cancelled
 from cutaway.machine_aio import AsyncMachineCalls
@@ -162,7 +162,7 @@ class AsyncClient(AsyncInspecting, AsyncMachineCalls):
         timeout: float | None = None,
         retries: int = MAX_RETRIES,
     ) -> None:
-        self.address = address
+        self.address = check_address(address)
         self.timeout = timeout
         self._options = channel_options(address, retries, streams=True)
         self._security = security(address, api_key, tls, cert)

@@ -48,6 +48,7 @@ class Capture:
     head_summary: bool = False  # entropy, mass on the first and the previous token, induction score, mean distance
     lens: int | None = None  # a residual read as predictions: so many of the likeliest tokens
     lens_tokens: Iterable[int] = ()  # and the log-probability and rank of these
+    after_edits: bool = False  # see the value as the request's own edits of the same point leave it
 
     def message(self) -> pb.Capture:
         """The wire's capture.
@@ -55,7 +56,7 @@ class Capture:
         Raises:
             InvalidArgument: a value does not fit the wire, or there are two reductions.
         """
-        made = pb.Capture(point=self.point, dtype=self.dtype, keys=spans(self.keys))
+        made = pb.Capture(point=self.point, dtype=self.dtype, keys=spans(self.keys), after_edits=self.after_edits)
         for name in ("layers", "heads", "elements"):
             given = getattr(self, name)
             if given is not None:

@@ -14,6 +14,7 @@ from cutaway.v1 import inference_pb2, introspection_pb2
 if TYPE_CHECKING:
     from cutaway.arrays import Array, Arrays
     from cutaway.capture import Positions, Spans
+    from cutaway.edit import Edit
     from cutaway.transcript import Transcript
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -27,6 +28,7 @@ class PromptOptions(TypedDict, total=False):
     parse_special_tokens: bool | None  # read "<|im_start|>" in a prompt as a token. Default False
     add_special_tokens: bool | None  # add the tokens the model expects around a prompt, as BOS. Default True
     prefix_caching: bool | None  # let the request read and feed the prefix cache. Default True
+    edits: Iterable[Edit] | None  # changes of inner values, made in this order at each point. Default: none
     max_capture_bytes: int | None  # refuse the request if it could send more. Default: the server's limit
     request_id: str | None  # the request's name. Default: picked by the server
     timeout: float | None  # seconds until DeadlineExceeded. Default: the client's

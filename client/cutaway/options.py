@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     from cutaway.capture import Capture
+    from cutaway.edit import Edit
 
 # One turn of a conversation: {"role": "user", "content": "What is gravity?"}
 Message = Mapping[str, str]
@@ -63,5 +64,6 @@ class GenerateOptions(Sampling, total=False):
     prefix_caching: bool | None  # let the request read and feed the prefix cache. Default True
     request_id: str | None  # the request's name for `abort` and the logs. Default: picked by the server
     captures: Iterable[Capture] | None  # inner values to send along; each token has `captures`. Default: none
+    edits: Iterable[Edit] | None  # changes of inner values, made in this order at each point. Default: none
     max_capture_bytes: int | None  # refuse the request if they could be more. Default: the server's limit
     timeout: float | None  # seconds until DeadlineExceeded. Default: the client's

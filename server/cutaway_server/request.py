@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 
 from cutaway_server.captures import Capture, Captured
+from cutaway_server.edits import NO_EDITS, Edits
 from cutaway_server.errors import CutawayError, InvalidField
 
 MAX_N = 128
@@ -218,11 +219,12 @@ class Request:
     tenant: str = ""
     prefix_caching: bool = True
     captures: tuple[Capture, ...] = ()
+    edits: Edits = NO_EDITS
 
     @property
     def probed(self) -> bool:
-        """Whether somebody looks inside."""
-        return bool(self.captures)
+        """Whether somebody looks inside, or changes what is there."""
+        return bool(self.captures) or self.edits is not NO_EDITS
 
     def first_captured(self, start: int) -> int | None:
         """The first position from `start` on that is to be looked at."""

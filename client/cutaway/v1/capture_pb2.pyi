@@ -75,10 +75,15 @@ class Capture(_message.Message):
     HEAD_SUMMARY_FIELD_NUMBER: _builtins.int
     LENS_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    AFTER_EDITS_FIELD_NUMBER: _builtins.int
     point: _builtins.str
     """The point: a name of ListPoints, with a layer's number or "*" in place of {i}, or one of its aliases."""
     dtype: _builtins.str
     """Element type to send values in: "F32", "F16" or "BF16". Empty: "F32". Values that F16 cannot hold become infinite."""
+    after_edits: _builtins.bool
+    """See the value as the request's own edits of this point leave it. Unset: as it was computed, before them. What comes
+    later in the network always sees the edited value.
+    """
     @_builtins.property
     def layers(self) -> Global___Indices:
         """Which layers, for a point with "*". Unset: all."""
@@ -144,10 +149,11 @@ class Capture(_message.Message):
         head_summary: Global___HeadSummary | None = ...,
         lens: Global___Lens | None = ...,
         dtype: _builtins.str = ...,
+        after_edits: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["elements", b"elements", "head_summary", b"head_summary", "heads", b"heads", "layers", b"layers", "lens", b"lens", "norm", b"norm", "pool", b"pool", "positions", b"positions", "project", b"project", "reduction", b"reduction", "sum_keys", b"sum_keys", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "elements", b"elements", "head_summary", b"head_summary", "heads", b"heads", "keys", b"keys", "layers", b"layers", "lens", b"lens", "norm", b"norm", "point", b"point", "pool", b"pool", "positions", b"positions", "project", b"project", "reduction", b"reduction", "sum_keys", b"sum_keys", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_edits", b"after_edits", "dtype", b"dtype", "elements", b"elements", "head_summary", b"head_summary", "heads", b"heads", "keys", b"keys", "layers", b"layers", "lens", b"lens", "norm", b"norm", "point", b"point", "pool", b"pool", "positions", b"positions", "project", b"project", "reduction", b"reduction", "sum_keys", b"sum_keys", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_reduction: _TypeAlias = _typing.Literal["top_k", "pool", "norm", "project", "sum_keys", "head_summary", "lens"]  # noqa: Y015
     _WhichOneofArgType_reduction: _TypeAlias = _typing.Literal["reduction", b"reduction"]  # noqa: Y015

@@ -1,14 +1,44 @@
-"""What each step is looked at for: the captures of its requests, resolved to rows of its batch."""
+"""What each step is looked at for: captures and edits of its requests, resolved to rows of its batch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import accumulate
 
+import torch
+
 from cutaway_server.captures import Pool
 from cutaway_server.engine.requests import LiveRequest
+from cutaway_server.kernels.interface import OpenKernels
+from cutaway_server.model.probed import Probe
+from cutaway_server.probe.editor import Editor, Marked
 from cutaway_server.probe.looks import Look, Pooled
+from cutaway_server.probe.recorder import Recorder
 from cutaway_server.scheduler import Schedule, Work
+
+
+def probe_of(
+    schedule: Schedule, live: dict[str, LiveRequest], kernels: OpenKernels, device: torch.device, step: int
+) -> Probe | None:
+    """What looks into a step and changes it, made before it is computed; None: nobody does."""
+    if not any(work.sequence.request.probed for work in schedule.work):
+        return None
+    looks, marked = looks_of(schedule, live), marked_of(schedule)
+    if not looks and not marked:
+        return None
+    return Probe(Recorder(kernels, looks, device, step), Editor(marked, device))
+
+
+def marked_of(schedule: Schedule) -> list[Marked]:
+    """The rows of a step that are edited: again after a preemption, or when they are revisited."""
+    marked, start = [], 0
+    for place, work in enumerate(schedule.work):
+        for edit in work.sequence.request.edits.each:
+            if positions := edit.rows.within(work.start, work.stop):
+                rows = tuple(start + position - work.start for position in positions)
+                marked.append(Marked(edit, place, rows, tuple(positions)))
+        start += work.stop - work.start
+    return marked
 
 
 def looks_of(schedule: Schedule, live: dict[str, LiveRequest]) -> list[Look]:

@@ -46,7 +46,7 @@ class Reader:
             products = (grouped @ wanted.transpose(2, 3)).flatten(1, 2)
         else:
             products = (keys[:, heads // group] @ q.unsqueeze(-1)).squeeze(-1)
-        hidden = self._hidden(positions, longest)
+        hidden = self.hidden(positions, 0, longest)
         scores = soft_cap(products * self.config.scale, self.config.attention_softcap)
         return scores.masked_fill_(hidden[:, None], -torch.inf).transpose(0, 1)
 
@@ -66,11 +66,11 @@ class Reader:
 
     def _masked(self, products: Tensor, positions: Tensor) -> Tensor:
         scores = soft_cap(products * self.config.scale, self.config.attention_softcap)
-        return scores.masked_fill_(self._hidden(positions, products.shape[-1]), -torch.inf)
+        return scores.masked_fill_(self.hidden(positions, 0, products.shape[-1]), -torch.inf)
 
-    def _hidden(self, positions: Tensor, keys: int) -> Tensor:
-        """Whether a query must not see a key: bool [rows, keys]."""
-        places = torch.arange(keys, device=positions.device)
+    def hidden(self, positions: Tensor, start: int, n: int) -> Tensor:
+        """Whether a query must not see a key, of keys [start, start + n): bool [rows, n]."""
+        places = torch.arange(start, start + n, device=positions.device)
         hidden = places > positions[:, None]
         if (window := self.config.layers[self.layer].window) is not None:
             hidden |= places <= positions[:, None] - window

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from cutaway_server.captures import Captured, HeadSummary, Part, Pool
 from cutaway_server.probe.attention import Reader, tiles
 from cutaway_server.probe.group import Group, joined, stacked
+from cutaway_server.probe.knockout import Knocked
 from cutaway_server.probe.reduce import Axes, Outcome, Queries, reduce_pattern
 
 
@@ -20,13 +22,15 @@ class PatternGroup(Group):
     def __init__(self, *args: object) -> None:
         super().__init__(*args)  # type: ignore[arg-type]
         self.outcomes: list[Outcome] = []
+        self.knocked: Sequence[Knocked] = ()  # of the layer that is being taken
         self.sequences = torch.tensor(
             [look.sequence for look in self.looks for _ in look.rows], device=self.rows.device
         )
         self.heads = torch.tensor(self.capture.heads or range(self.config.n_heads), device=self.rows.device)
 
-    def take(self, reader: Reader, q: Tensor, lse: Tensor) -> None:
+    def take(self, reader: Reader, q: Tensor, lse: Tensor, knocked: Sequence[Knocked]) -> None:
         """Take what a layer's attention computed of queries q [T, heads, d_head] with log-sum-exps [T, heads]."""
+        self.knocked = knocked
         q, lse = q[self.rows][:, self.heads].float(), lse[self.rows][:, self.heads].T  # [heads, rows]
         if isinstance(self.capture.reduction, Pool):
             self._pool(reader, q, lse)
@@ -50,9 +54,20 @@ class PatternGroup(Group):
             scores = reader.scores(q, self.looks[0].sequence, positions, self.heads)
         else:
             scores = reader.scores_of_each(q, self.sequences[part], positions, self.heads)
+        self._knock_out(scores, part)
         if not self.point.name.endswith("hook_pattern"):
             return scores
         return torch.exp(scores - lse[..., None])
+
+    def _knock_out(self, scores: Tensor, part: slice) -> None:
+        """Add what knock-outs add to the scores [heads, rows, keys] of these rows."""
+        rows = self.rows[part]
+        for each in self.knocked:
+            mine = torch.isin(rows, each.rows).nonzero().squeeze(1)
+            if len(mine):
+                theirs = torch.searchsorted(each.rows, rows[mine])
+                bias = each.bias[self.heads][:, theirs, : scores.shape[-1]]
+                scores[:, mine, : bias.shape[-1]] += bias
 
     def _follows(self, part: slice, values: Tensor) -> Tensor | None:
         if not isinstance(self.capture.reduction, HeadSummary):

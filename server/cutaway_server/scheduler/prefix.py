@@ -42,20 +42,26 @@ class PrefixCache:
 
     def _hash(self, sequence: Sequence, full: int) -> None:
         """Extend the sequence's digests to its first `full` blocks."""
-        extend_digests(self.pool, sequence.digests, sequence.tokens, full, sequence.request.tenant)
+        extend_digests(self.pool, sequence.digests, sequence.tokens, full, sequence.request)
 
 
-def extend_digests(pool: BlockPool, digests: list[bytes], tokens: Items[int], full: int, tenant: str) -> None:
-    """Extend the digests of a tenant's tokens to those of the first `full` blocks. The tenant salts the first."""
-    size = pool.page_size
+def extend_digests(pool: BlockPool, digests: list[bytes], tokens: Items[int], full: int, request: Request) -> None:
+    """Extend the digests of a request's tokens to those of the first `full` blocks.
+
+    The tenant salts the first; edits that of the first position whose values they change.
+    """
+    size, edits = pool.page_size, request.edits
+    edited = edits.first_position() if edits.changes_values else None
     for i in range(len(digests), full):
         parent = digests[-1] if i else ROOT
-        salt = b"" if i else tenant.encode()
+        salt = b"" if i else request.tenant.encode()
+        if edited is not None and edited // size == i:
+            salt += b"\0" + edits.salt  # no tenant's name has a zero
         digests.append(pool.chain(parent, tokens[i * size : (i + 1) * size], salt))
 
 
-def digests_of(pool: BlockPool, tokens: Items[int], tenant: str) -> list[bytes]:
-    """The digests of all full blocks of a tenant's tokens. Safe from any thread."""
+def digests_of(pool: BlockPool, request: Request) -> list[bytes]:
+    """The digests of all full blocks of a request's prompt. Safe from any thread."""
     digests: list[bytes] = []
-    extend_digests(pool, digests, tokens, len(tokens) // pool.page_size, tenant)
+    extend_digests(pool, digests, request.prompt, len(request.prompt) // pool.page_size, request)
     return digests

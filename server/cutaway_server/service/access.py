@@ -30,7 +30,7 @@ OBSERVE = frozenset({Scope.OBSERVE})
 INTROSPECT = frozenset({Scope.INTROSPECT})
 INTROSPECTION = "/cutaway.v1.Introspection/"
 HEALTH = "/grpc.health.v1.Health/"
-REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/"
+REFLECTION = "/grpc.reflection.{}.ServerReflection/ServerReflectionInfo"
 
 # One of the scopes is enough. What is served and not listed here is denied to all.
 METHODS: Mapping[str, frozenset[Scope]] = {
@@ -55,7 +55,8 @@ METHODS: Mapping[str, frozenset[Scope]] = {
     HEALTH + "Check": KNOWN,
     HEALTH + "List": KNOWN,
     HEALTH + "Watch": KNOWN,
-    REFLECTION + "ServerReflectionInfo": KNOWN,
+    REFLECTION.format("v1"): KNOWN,
+    REFLECTION.format("v1alpha"): KNOWN,
 }
 BEARER = "bearer "
 RETRY_AFTER_SECONDS = 1.0

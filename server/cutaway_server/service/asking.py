@@ -21,9 +21,10 @@ from cutaway_server.request import (
     resolve_sampling,
 )  # fmt: skip
 from cutaway_server.service.capturing import captures_of
+from cutaway_server.service.editing import edits_of
 from cutaway_server.service.outbox import token_size
 from cutaway_server.service.reply import Asked
-from cutaway_server.service.texts import check_flags, encode_chat, encode_text, is_set, token_ids
+from cutaway_server.service.texts import check_flags, is_set, prompt_ids, token_ids
 from cutaway_server.service.tokens import sampling_options, wire_token
 from cutaway_server.text.stream import CompletionText, StreamDecoder, stop_texts
 from cutaway_server.text.tokenizer import TextModel
@@ -55,13 +56,12 @@ def ask(
         InvalidField: names the field, the value and the rule.
         Unsupported: the model has no chat template.
     """
-    name = _name(message.request_id)
     options = sampling_options(message.sampling).over(limits.facts.defaults)
-    prompt = prompt_of(message, model, limits)
+    prompt = _prompt(message, model, limits)
     sampling = _sampling(options, model, limits.facts, len(prompt))
     captures = captures_of(message.captures, limits.facts.config, len(prompt), sampling.max_tokens)
     request = Request(
-        name,
+        name_of(message),
         prompt,
         sampling,
         arrival,
@@ -69,6 +69,7 @@ def ask(
         tenant,
         prefix_caching=is_set(message, "prefix_caching", default=True),
         captures=captures,
+        edits=edits_of(message.edits, limits.facts.config, len(prompt), sampling.max_tokens),
     )
     size = sum(bytes_of(request, limits))
     allowed = message.max_capture_bytes if message.HasField("max_capture_bytes") else None
@@ -115,23 +116,26 @@ def _asked(request: Request, model: TextModel, limits: Limits, size: int, *, ski
     return Asked(request, skip, text, texts, echoed, size)
 
 
-def _name(asked: str) -> str:
+def name_of(message: v1.GenerateRequest) -> str:
+    """The request's name, or one that is picked.
+
+    Raises:
+        InvalidField: it cannot be a name.
+    """
+    asked = message.request_id
     if asked and not NAME.fullmatch(asked):
         raise InvalidField("request_id", asked, "must be at most 128 characters of [A-Za-z0-9._:-]")
     return asked or f"req-{secrets.token_hex(8)}"
 
 
-def prompt_of(message: v1.GenerateRequest, model: TextModel, limits: Limits) -> tuple[int, ...]:
-    """The tokens of a request's prompt; raises as `ask`."""
+def _prompt(message: v1.GenerateRequest, model: TextModel, limits: Limits) -> tuple[int, ...]:
     ids: Sequence[int]
     check_flags(message)
     match message.WhichOneof("prompt"):
-        case "text":
-            ids = encode_text(message, model, limits.max_prompt_bytes).ids
+        case "text" | "chat":
+            ids = prompt_ids(message, model, limits.max_prompt_bytes, limits.facts.max_context)
         case "token_ids":
             ids = token_ids(message.token_ids, limits.facts.config.d_vocab, limits.facts.max_context)
-        case "chat":
-            ids = encode_chat(message.chat, model, limits.max_prompt_bytes)[1].ids
         case _:
             raise InvalidField("prompt", None, "one of text, token_ids and chat must be set")
     if not ids:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 from cutaway.v1 import capture_pb2 as v1
+from cutaway.v1 import edit_pb2
 
 from cutaway_server import captures
 from cutaway_server.architecture import ModelConfig
@@ -65,10 +66,11 @@ def _capture(message: v1.Capture, field: str, config: ModelConfig, prompt_length
         point.name, layers_of(message, found, config, field), found.every, heads,
         rows(message.positions, f"{field}.positions", prompt_length, computed),
         keys if isinstance(reduction, captures.SumKeys) else merged(keys), elements, reduction, message.dtype or "F32",
+        after_edits=message.after_edits,
     )  # fmt: skip
 
 
-def layers_of(message: v1.Capture, found: Found, config: ModelConfig, field: str) -> tuple[int, ...]:
+def layers_of(message: v1.Capture | edit_pb2.Edit, found: Found, config: ModelConfig, field: str) -> tuple[int, ...]:
     """The layers meant by a point's name and the field `layers`."""
     if message.HasField("layers"):
         if not found.every:

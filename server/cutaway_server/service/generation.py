@@ -15,8 +15,9 @@ from google.protobuf.message import Message
 from cutaway_server.config import Config
 from cutaway_server.engine.build import EngineFacts
 from cutaway_server.errors import QueueFull
-from cutaway_server.service.asking import Limits, ask
+from cutaway_server.service.asking import Limits, ask, name_of
 from cutaway_server.service.caller import Caller, Scope, current
+from cutaway_server.service.describing import started
 from cutaway_server.service.desk import Desk
 from cutaway_server.service.reply import Asked, Reply
 from cutaway_server.service.status import Context, Loading, PermissionDenied
@@ -32,7 +33,6 @@ RETRY_AFTER_SECONDS = 1.0
 class Served:
     """The model served, once it is loaded."""
 
-    name: str
     facts: EngineFacts
     text: TextModel
 
@@ -75,7 +75,7 @@ class Generation:
         work = partial(
             ask, request, served.text, limits or self.limits(), time.monotonic(), deadline, call.caller.tenant
         )
-        return await self._workers.run(work)
+        return await self._workers.run(work, request.ByteSize())
 
     # Writing to the context, rather than yielding, lets a cancelled call clean up at once.
     async def stream(
@@ -85,17 +85,19 @@ class Generation:
         served = self.ready()
         self._desk.admit()
         remaining = context.time_remaining()
-        asked = await self.ask(request, None if remaining is None else time.monotonic() + remaining)
+        deadline = None if remaining is None else time.monotonic() + remaining
         call = current()
-        call.request_id = asked.request.request_id
-        if self._config.log_prompts:
-            log.info("request %s: prompt %r", call.request_id, served.text.decode(asked.request.prompt))
-        facts = v1.Started(model_hash=served.facts.model_hash, kernels=served.facts.kernels, dtype=served.facts.dtype)
-        make = partial(Reply, asked, facts, self._config.max_backlog)
-        with self._holding(asked.capture_bytes), self._desk.stream(asked.request, make) as reply:
-            while messages := await reply.take():
-                for message in messages:
-                    await context.write(wrap(message))
+        request.request_id = name_of(request)
+        with self._desk.arriving(request.request_id, call.caller.tenant):
+            asked = await self.ask(request, deadline)
+            call.request_id = request.request_id
+            if self._config.log_prompts:
+                log.info("request %s: prompt %r", call.request_id, served.text.decode(asked.request.prompt))
+            make = partial(Reply, asked, started(served.facts), self._config.max_backlog)
+            with self._holding(asked.capture_bytes), self._desk.stream(asked.request, make) as reply:
+                while messages := await reply.take():
+                    for message in messages:
+                        await context.write(wrap(message))
 
     @contextmanager
     def _holding(self, size: int) -> Iterator[None]:
@@ -111,11 +113,14 @@ class Generation:
 
 
 def check_scopes(request: v1.GenerateRequest, caller: Caller) -> None:
-    """Let only those look inside who may.
+    """Let only those look inside, or change what is there, who may.
 
     Raises:
         PermissionDenied: the caller lacks the scope.
     """
-    if request.captures and Scope.INTROSPECT not in caller.scopes:
-        has = ", ".join(sorted(caller.scopes))
-        raise PermissionDenied(f"captures: asks for scope {Scope.INTROSPECT}, and {caller.name!r} has {has}")
+    has = ", ".join(sorted(caller.scopes))
+    for field, asked, scope in (
+        ("captures", request.captures, Scope.INTROSPECT), ("edits", request.edits, Scope.EDIT),
+    ):  # fmt: skip
+        if asked and scope not in caller.scopes:
+            raise PermissionDenied(f"{field}: asks for scope {scope}, and {caller.name!r} has {has}")

@@ -27,7 +27,7 @@ class Inference(InferenceServicer):
         self._generation = generation
         self._desk = desk
         self._workers = workers
-        self._max_prompt_bytes = config.max_prompt_bytes
+        self._config = config
 
     async def Generate(self, request: v1.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         """Stream one request's completions."""
@@ -44,17 +44,20 @@ class Inference(InferenceServicer):
     async def Tokenize(self, request: v1.TokenizeRequest, context: Context) -> v1.TokenizeResponse:
         """Turn text into tokens."""
         text = self._ready().text
-        return await self._workers.run(partial(tokenize, request, text, self._max_prompt_bytes))
+        return await self._workers.run(
+            partial(tokenize, request, text, self._config.max_prompt_bytes), request.ByteSize()
+        )
 
     async def Detokenize(self, request: v1.DetokenizeRequest, context: Context) -> v1.DetokenizeResponse:
         """Turn tokens into text."""
         served = self._ready()
-        return await self._workers.run(partial(detokenize, request, served.text, served.facts.config.d_vocab))
+        work = partial(detokenize, request, served.text, served.facts.config.d_vocab)
+        return await self._workers.run(work, request.ByteSize())
 
     async def GetModel(self, request: v1.GetModelRequest, context: Context) -> v1.GetModelResponse:
         """Tell what is served."""
         served = self._ready()
-        return describe(served.name, served.facts, served.text)
+        return describe(self._config, served.facts, served.text, current().caller)
 
     def _ready(self) -> Served:
         return self._generation.ready()

@@ -16,7 +16,6 @@ from cutaway_server.engine.machine import cached_prefix, ledger, requests_state
 from cutaway_server.engine.stored import find_stored, read_stored
 from cutaway_server.errors import NotFound
 from cutaway_server.scheduler.prefix import digests_of
-from cutaway_server.service.asking import prompt_of
 from cutaway_server.service.cache_reading import Reading, reading_of
 from cutaway_server.service.caller import current
 from cutaway_server.service.desk import full_name
@@ -111,23 +110,13 @@ class Machine:
 
     async def PredictCacheHit(self, request: v1.PredictCacheHitRequest, context: Context) -> v1.PredictCacheHitResponse:
         """Look for a prompt in the prefix cache."""
-        _, served = self._ready()
-        generate, tenant, facts = request.generate, _tenant(), served.facts
-        limits = self._generation.limits()
+        asked = (await self._generation.ask(request.generate)).request
         pool = await self._look(lambda engine: engine.scheduler.pool)
-
-        def hashed() -> tuple[int, list[bytes]]:
-            tokens = prompt_of(generate, served.text, limits)
-            return len(tokens), digests_of(pool, tokens, tenant)
-
-        n_tokens, digests = await self._workers.run(hashed)
-        looked_for = not generate.HasField("prefix_caching") or generate.prefix_caching
-        blocks = await self._look(cached_prefix(digests if looked_for else []))
+        digests = await self._workers.run(partial(digests_of, pool, asked)) if asked.prefix_caching else []
+        found = await self._look(cached_prefix(digests))
+        n_tokens, size = len(asked.prompt), pool.page_size
         return v1.PredictCacheHitResponse(
-            prompt_tokens=n_tokens,
-            cached_tokens=blocks * facts.page_size,
-            page_size=facts.page_size,
-            new_blocks=-(-n_tokens // facts.page_size) - blocks,
+            prompt_tokens=n_tokens, cached_tokens=found * size, page_size=size, new_blocks=-(-n_tokens // size) - found
         )
 
     def _spell(self, tokens: Sequence[int]) -> str:

@@ -16,15 +16,15 @@ MAKERS = {  # by whether requests, and responses, are streams
 }
 
 
-def methods_of(service: ServiceDescriptor, *servicers: object) -> grpc.GenericRpcHandler[bytes, Message]:
-    """The methods of `service`, each of the servicer that has it, behind `answering`."""
+def methods_of(
+    service: ServiceDescriptor, *servicers: object, name: str | None = None
+) -> grpc.GenericRpcHandler[bytes, Message]:
+    """The methods of `service`, each of the first servicer that has it, behind `answering`; called by `name`."""
     handlers = {
-        method.name: _handler(method, servicer)
-        for servicer in servicers
+        method.name: _handler(method, next(servicer for servicer in servicers if hasattr(servicer, method.name)))
         for method in service.methods
-        if hasattr(servicer, method.name)
     }
-    return grpc.method_handlers_generic_handler(service.full_name, handlers)
+    return grpc.method_handlers_generic_handler(name or service.full_name, handlers)
 
 
 def _handler(method: MethodDescriptor, servicer: object) -> grpc.RpcMethodHandler[bytes, Message]:

@@ -12,7 +12,6 @@ import grpc
 from cutaway.v1 import inference_pb2 as v1
 from cutaway.v1 import introspection_pb2
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection_pb2
 
 from cutaway_server.config import Config
 from cutaway_server.engine.build import EngineFacts
@@ -30,7 +29,7 @@ from cutaway_server.service.machine import Machine
 from cutaway_server.service.methods import methods_of
 from cutaway_server.service.metrics import Metrics
 from cutaway_server.service.probes import probes
-from cutaway_server.service.reflection import Reflection
+from cutaway_server.service.reflection import V1, V1ALPHA, Reflection
 from cutaway_server.service.tls import Certificates
 from cutaway_server.service.workers import Workers
 from cutaway_server.text.tokenizer import TextModel
@@ -40,8 +39,6 @@ log = logging.getLogger(__name__)
 INFERENCE = v1.DESCRIPTOR.services_by_name["Inference"]
 INTROSPECTION = introspection_pb2.DESCRIPTOR.services_by_name["Introspection"]
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
-REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
-SERVICES = (INFERENCE, INTROSPECTION, HEALTH, REFLECTION)
 FAREWELL_SECONDS = 2.0  # for the last messages of streams that are over
 
 
@@ -73,11 +70,15 @@ class Server:
             options=bounds.options(config),
             maximum_concurrent_rpcs=bounds.most_calls(config),
         )
-        reflection = Reflection(service.full_name for service in SERVICES)
-        inference = Inference(self.desk, self._workers, config, self._generation)
-        looking = (Introspection(self._generation), self._machine)
-        parts = zip(SERVICES, ((inference,), looking, (self._health,), (reflection,)), strict=True)
-        self._grpc.add_generic_rpc_handlers([methods_of(service, *part) for service, part in parts])
+        reflection = Reflection([INFERENCE.full_name, INTROSPECTION.full_name, HEALTH.full_name])
+        parts = [
+            methods_of(INFERENCE, Inference(self.desk, self._workers, config, self._generation)),
+            methods_of(INTROSPECTION, Introspection(self._generation), self._machine),
+            methods_of(HEALTH, self._health),
+            methods_of(V1ALPHA, reflection),
+            methods_of(V1ALPHA, reflection, name=V1),
+        ]
+        self._grpc.add_generic_rpc_handlers(parts)
         self._probed: grpc.aio.Server | None = None
         self.health_address: str | None = None  # of --health-listen, with the port that was picked
 
@@ -109,7 +110,7 @@ class Server:
     async def serve(self, backend: Backend, facts: EngineFacts, text: TextModel) -> None:
         """Take requests from now on."""
         self.desk.connect(backend)
-        self._generation.served = Served(self._config.name, facts, text)
+        self._generation.served = Served(facts, text)
         self._machine.connect(backend)
         await self._tell(serving=True)
 
