@@ -61,6 +61,7 @@ from cutaway.results import (
     Usage,
     WordMerges,
 )
+from cutaway.stored import Stored, StoredFile, StoredFiles
 
 if TYPE_CHECKING:
     from cutaway.aio import AsyncClient, AsyncStream
@@ -121,6 +122,9 @@ __all__ = [
     "Step",
     "StepRows",
     "StepToken",
+    "Stored",
+    "StoredFile",
+    "StoredFiles",
     "Stream",
     "TextInfo",
     "Timings",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
@@ -17,6 +17,7 @@ from cutaway.aio_inspecting import AsyncInspecting
 from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, check_address, seconds
 from cutaway.client import HEALTH_CHECK
 from cutaway.errors import Cancelled
+from cutaway.keeping import AsyncKeeping
 from cutaway.machine_aio import AsyncMachineCalls
 from cutaway.options import GenerateOptions, TokenizeOptions
 from cutaway.results import Answer, Detokenized, Health, Model, Token, Tokenized
@@ -137,6 +138,19 @@ class AsyncCalls:
         """The answer to a call."""
         return await self._client._ask(method, request, timeout)
 
+    async def send(
+        self, method: grpc.aio.StreamUnaryMultiCallable[Asked, Told], messages: Iterator[Asked], timeout: float | None
+    ) -> Told:
+        """The answer to a stream of messages."""
+        client = self._client
+        try:
+            return await method(messages, timeout=client._seconds(timeout), metadata=client._security.metadata)
+        except grpc.RpcError as error:
+            raise error_of(error, client.address) from error
+        except asyncio.CancelledError as error:
+            raise_unless_cancelled(error)
+            raise
+
     async def read(
         self, method: grpc.aio.UnaryStreamMultiCallable[Asked, Streamed], request: Asked, timeout: float | None
     ) -> AsyncStream:
@@ -149,7 +163,7 @@ class AsyncCalls:
         return stream
 
 
-class AsyncClient(AsyncInspecting, AsyncMachineCalls):
+class AsyncClient(AsyncInspecting, AsyncKeeping, AsyncMachineCalls):
     """A connection to one server, for one event loop; `async with AsyncClient(...) as client`. See `Client`."""
 
     def __init__(

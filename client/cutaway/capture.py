@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cutaway.errors import InvalidArgument
+from cutaway.stored import Stored, StoredFile
 from cutaway.v1 import capture_pb2 as pb
 
 Region = Literal["all", "prompt", "generated", "steps", "last"]
@@ -43,11 +44,12 @@ class Capture:
     top_k: int | None = None  # only the largest, with where they are and the mass they hold
     pool: int | None = None  # each head's pattern over the prompt as so many times so many cells
     norm: bool = False  # Euclidean norm over the last axis
-    project: ArrayLike | None = None  # scalar products with these vectors
+    project: ArrayLike | Stored | None = None  # scalar products with these vectors
     sum_keys: bool = False  # the sum of a pattern over each span of `keys`
     head_summary: bool = False  # entropy, mass on the first and the previous token, induction score, mean distance
     lens: int | None = None  # a residual read as predictions: so many of the likeliest tokens
     lens_tokens: Iterable[int] = ()  # and the log-probability and rank of these
+    translators: StoredFile | str | None = None  # a tuned lens for `lens`: a stored file, or its id
     after_edits: bool = False  # see the value as the request's own edits of the same point leave it
 
     def message(self) -> pb.Capture:
@@ -79,9 +81,12 @@ class Capture:
             case "pool":
                 made.pool.size = _unsigned("pool", self.pool)
             case "project":
+                if isinstance(self.project, Stored):
+                    made.project.stored.CopyFrom(self.project.message())
+                    return
                 made.project.vectors = np.atleast_2d(np.asarray(self.project, "<f4")).tobytes()
             case "lens":
-                made.lens.CopyFrom(lens(self.lens or 0, self.lens_tokens))
+                made.lens.CopyFrom(lens(self.lens or 0, self.lens_tokens, self.translators))
             case _:
                 getattr(made, name).SetInParent()
 
@@ -89,9 +94,13 @@ class Capture:
 REDUCTIONS = ("top_k", "pool", "norm", "project", "sum_keys", "head_summary", "lens")
 
 
-def lens(top_k: int, token_ids: Iterable[int]) -> pb.Lens:
+def lens(top_k: int, token_ids: Iterable[int], translators: StoredFile | str | None = None) -> pb.Lens:
     """The wire's lens."""
-    return pb.Lens(top_k=_unsigned("top_k", top_k), token_ids=[_unsigned("lens_tokens", each) for each in token_ids])
+    return pb.Lens(
+        top_k=_unsigned("top_k", top_k),
+        token_ids=[_unsigned("lens_tokens", each) for each in token_ids],
+        translators=translators.id if isinstance(translators, StoredFile) else translators or "",
+    )
 
 
 def indices(given: Iterable[int], field: str) -> pb.Indices:

@@ -16,6 +16,7 @@ from cutaway.attempts import Attempts
 from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, check_address, seconds
 from cutaway.inspecting import Inspecting
 from cutaway.interrupt import cancelling
+from cutaway.keeping import Keeping
 from cutaway.machine_calls import MachineCalls
 from cutaway.options import GenerateOptions, TokenizeOptions
 from cutaway.results import Answer, Detokenized, Health, Model, Token, Tokenized
@@ -110,6 +111,17 @@ class Calls:
         self.introspection = IntrospectionStub(channel)
         self.ask = client._ask
 
+    def send(
+        self, method: grpc.StreamUnaryMultiCallable[Asked, Told], messages: Iterator[Asked], timeout: float | None
+    ) -> Told:
+        """The answer to a stream of messages."""
+        client = self._client
+        client._check_open()
+        try:
+            return method(messages, timeout=client._seconds(timeout), metadata=client._metadata)
+        except grpc.RpcError as error:
+            raise error_of(error, client.address) from error
+
     def read(
         self, method: grpc.UnaryStreamMultiCallable[Asked, Streamed], request: Asked, timeout: float | None
     ) -> Transcript:
@@ -127,7 +139,7 @@ class Calls:
         return stream
 
 
-class Client(Inspecting, MachineCalls):
+class Client(Inspecting, Keeping, MachineCalls):
     """A connection to one server: `Client("127.0.0.1:50051")`. Close it, or use it in a `with` block.
 
     `api_key` says who you are; it is sent over TLS, or within this machine. `tls=True` speaks TLS and trusts the usual

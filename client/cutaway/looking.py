@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cutaway.arrays import Array, Arrays
     from cutaway.capture import Positions, Spans
     from cutaway.edit import Edit
+    from cutaway.stored import StoredFile
     from cutaway.transcript import Transcript
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -60,6 +61,7 @@ class LensOptions(PromptOptions, total=False):
     positions: Positions  # default "all"
     top_k: int  # likeliest tokens. Default 5
     tokens: Iterable[int]  # ids whose log-probability and rank to tell. Default none
+    translators: StoredFile | str | None  # a tuned lens: a stored file, or its id. Default none
 
 
 class TraceOptions(GenerateOptions, total=False):
@@ -138,7 +140,7 @@ def lens_request(prompt: Prompt | None, options: LensOptions) -> introspection_p
     request = introspection_pb2.LogitLensRequest(
         generate=generate_of(prompt, options),
         positions=positions(options.get("positions", "all")),
-        lens=lens(options.get("top_k", 5), options.get("tokens", ())),
+        lens=lens(options.get("top_k", 5), options.get("tokens", ()), options.get("translators")),
     )
     if (layers := options.get("layers")) is not None:
         request.layers.CopyFrom(indices(layers, "layers"))

@@ -46,12 +46,21 @@ class HeadSummary:
     """What a head does, in numbers."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Translator:
+    """What a tuned lens does to one layer's residual h: h + h W^T + b. fp32 [d_model, d_model] and [d_model]."""
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+
+
 @dataclass(frozen=True, slots=True)
 class Lens:
-    """A residual through the final norm and the unembedding."""
+    """A residual through the final norm and the unembedding; through its layer's translator before, if it has one."""
 
     top_k: int
     token_ids: tuple[int, ...]
+    translators: tuple[Translator | None, ...] = ()  # for each layer of the capture; empty: none at all
 
 
 Reduction = TopK | Pool | Norm | Project | SumKeys | HeadSummary | Lens

@@ -4,6 +4,7 @@ isort:skip_file
 What to read of a request's inner values, selected and reduced on the server."""
 
 from collections import abc as _abc
+from cutaway.v1 import stored_pb2 as _stored_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -355,16 +356,22 @@ class Project(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VECTORS_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
     vectors: _builtins.bytes
     """The vectors, each as long as the last axis: little-endian F32, one after the other."""
+    @_builtins.property
+    def stored(self) -> _stored_pb2.Stored:
+        """Or a stored tensor, whose last axis is as long as the point's."""
+
     def __init__(
         self,
         *,
         vectors: _builtins.bytes = ...,
+        stored: _stored_pb2.Stored | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["stored", b"stored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["vectors", b"vectors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["stored", b"stored", "vectors", b"vectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -416,8 +423,13 @@ class Lens(_message.Message):
 
     TOP_K_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TRANSLATORS_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """How many of the likeliest tokens, at most 128."""
+    translators: _builtins.str
+    """A stored tuned lens, by id (or the operator's name): layer i's translator takes what block i reads, h + h W^T + b,
+    before the final norm. What the last block leaves is not translated. Empty: none, the plain logit lens.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens whose log-probability and rank to tell."""
@@ -427,10 +439,11 @@ class Lens(_message.Message):
         *,
         top_k: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        translators: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["token_ids", b"token_ids", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token_ids", b"token_ids", "top_k", b"top_k", "translators", b"translators"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -5,6 +5,7 @@ import warnings
 
 from cutaway.v1 import introspection_pb2 as cutaway_dot_v1_dot_introspection__pb2
 from cutaway.v1 import machine_pb2 as cutaway_dot_v1_dot_machine__pb2
+from cutaway.v1 import stored_pb2 as cutaway_dot_v1_dot_stored__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -100,6 +101,21 @@ class IntrospectionStub:
                 '/cutaway.v1.Introspection/PredictCacheHit',
                 request_serializer=cutaway_dot_v1_dot_machine__pb2.PredictCacheHitRequest.SerializeToString,
                 response_deserializer=cutaway_dot_v1_dot_machine__pb2.PredictCacheHitResponse.FromString,
+                _registered_method=True)
+        self.PutVectors = channel.stream_unary(
+                '/cutaway.v1.Introspection/PutVectors',
+                request_serializer=cutaway_dot_v1_dot_stored__pb2.PutVectorsRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_stored__pb2.PutVectorsResponse.FromString,
+                _registered_method=True)
+        self.ListVectors = channel.unary_unary(
+                '/cutaway.v1.Introspection/ListVectors',
+                request_serializer=cutaway_dot_v1_dot_stored__pb2.ListVectorsRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_stored__pb2.ListVectorsResponse.FromString,
+                _registered_method=True)
+        self.DeleteVectors = channel.unary_unary(
+                '/cutaway.v1.Introspection/DeleteVectors',
+                request_serializer=cutaway_dot_v1_dot_stored__pb2.DeleteVectorsRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_stored__pb2.DeleteVectorsResponse.FromString,
                 _registered_method=True)
 
 
@@ -198,6 +214,27 @@ class IntrospectionServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PutVectors(self, request_iterator, context):
+        """Keeps a safetensors file, so that edits and captures can name its tensors. Scope `introspect` or `edit`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListVectors(self, request, context):
+        """Tells what is kept for the caller's tenant. Scope `introspect` or `edit`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteVectors(self, request, context):
+        """Forgets a file of the caller's tenant. Scope `introspect` or `edit`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_IntrospectionServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -265,6 +302,21 @@ def add_IntrospectionServicer_to_server(servicer, server):
                     servicer.PredictCacheHit,
                     request_deserializer=cutaway_dot_v1_dot_machine__pb2.PredictCacheHitRequest.FromString,
                     response_serializer=cutaway_dot_v1_dot_machine__pb2.PredictCacheHitResponse.SerializeToString,
+            ),
+            'PutVectors': grpc.stream_unary_rpc_method_handler(
+                    servicer.PutVectors,
+                    request_deserializer=cutaway_dot_v1_dot_stored__pb2.PutVectorsRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_stored__pb2.PutVectorsResponse.SerializeToString,
+            ),
+            'ListVectors': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVectors,
+                    request_deserializer=cutaway_dot_v1_dot_stored__pb2.ListVectorsRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_stored__pb2.ListVectorsResponse.SerializeToString,
+            ),
+            'DeleteVectors': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteVectors,
+                    request_deserializer=cutaway_dot_v1_dot_stored__pb2.DeleteVectorsRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_stored__pb2.DeleteVectorsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -619,6 +671,87 @@ class Introspection:
             '/cutaway.v1.Introspection/PredictCacheHit',
             cutaway_dot_v1_dot_machine__pb2.PredictCacheHitRequest.SerializeToString,
             cutaway_dot_v1_dot_machine__pb2.PredictCacheHitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutVectors(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/cutaway.v1.Introspection/PutVectors',
+            cutaway_dot_v1_dot_stored__pb2.PutVectorsRequest.SerializeToString,
+            cutaway_dot_v1_dot_stored__pb2.PutVectorsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListVectors(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cutaway.v1.Introspection/ListVectors',
+            cutaway_dot_v1_dot_stored__pb2.ListVectorsRequest.SerializeToString,
+            cutaway_dot_v1_dot_stored__pb2.ListVectorsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteVectors(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cutaway.v1.Introspection/DeleteVectors',
+            cutaway_dot_v1_dot_stored__pb2.DeleteVectorsRequest.SerializeToString,
+            cutaway_dot_v1_dot_stored__pb2.DeleteVectorsResponse.FromString,
             options,
             channel_credentials,
             insecure,

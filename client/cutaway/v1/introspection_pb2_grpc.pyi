@@ -6,6 +6,7 @@ Looking inside: every inner value of a served model, per request, in the same ba
 from collections import abc as _abc
 from cutaway.v1 import introspection_pb2 as _introspection_pb2
 from cutaway.v1 import machine_pb2 as _machine_pb2
+from cutaway.v1 import stored_pb2 as _stored_pb2
 from grpc import aio as _aio
 import abc as _abc_1
 import grpc as _grpc
@@ -60,6 +61,12 @@ class IntrospectionStub:
     """Tells which requests of the caller's tenant wait, run, or have ended and are kept. Scope `observe`."""
     PredictCacheHit: _grpc.UnaryUnaryMultiCallable[_machine_pb2.PredictCacheHitRequest, _machine_pb2.PredictCacheHitResponse]
     """Tells how much of a prompt the prefix cache has. Scope `observe` or `generate`."""
+    PutVectors: _grpc.StreamUnaryMultiCallable[_stored_pb2.PutVectorsRequest, _stored_pb2.PutVectorsResponse]
+    """Keeps a safetensors file, so that edits and captures can name its tensors. Scope `introspect` or `edit`."""
+    ListVectors: _grpc.UnaryUnaryMultiCallable[_stored_pb2.ListVectorsRequest, _stored_pb2.ListVectorsResponse]
+    """Tells what is kept for the caller's tenant. Scope `introspect` or `edit`."""
+    DeleteVectors: _grpc.UnaryUnaryMultiCallable[_stored_pb2.DeleteVectorsRequest, _stored_pb2.DeleteVectorsResponse]
+    """Forgets a file of the caller's tenant. Scope `introspect` or `edit`."""
 
 @_typing.type_check_only
 class IntrospectionAsyncStub(IntrospectionStub):
@@ -92,6 +99,12 @@ class IntrospectionAsyncStub(IntrospectionStub):
     """Tells which requests of the caller's tenant wait, run, or have ended and are kept. Scope `observe`."""
     PredictCacheHit: _aio.UnaryUnaryMultiCallable[_machine_pb2.PredictCacheHitRequest, _machine_pb2.PredictCacheHitResponse]  # type: ignore[assignment]
     """Tells how much of a prompt the prefix cache has. Scope `observe` or `generate`."""
+    PutVectors: _aio.StreamUnaryMultiCallable[_stored_pb2.PutVectorsRequest, _stored_pb2.PutVectorsResponse]  # type: ignore[assignment]
+    """Keeps a safetensors file, so that edits and captures can name its tensors. Scope `introspect` or `edit`."""
+    ListVectors: _aio.UnaryUnaryMultiCallable[_stored_pb2.ListVectorsRequest, _stored_pb2.ListVectorsResponse]  # type: ignore[assignment]
+    """Tells what is kept for the caller's tenant. Scope `introspect` or `edit`."""
+    DeleteVectors: _aio.UnaryUnaryMultiCallable[_stored_pb2.DeleteVectorsRequest, _stored_pb2.DeleteVectorsResponse]  # type: ignore[assignment]
+    """Forgets a file of the caller's tenant. Scope `introspect` or `edit`."""
 
 class IntrospectionServicer(metaclass=_abc_1.ABCMeta):
     """Reads inner values of requests, and the state of the machine. Asks for the scope `introspect` where no other is named."""
@@ -199,5 +212,29 @@ class IntrospectionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_machine_pb2.PredictCacheHitResponse, _abc.Awaitable[_machine_pb2.PredictCacheHitResponse]]:
         """Tells how much of a prompt the prefix cache has. Scope `observe` or `generate`."""
+
+    @_abc_1.abstractmethod
+    def PutVectors(
+        self,
+        request_iterator: _MaybeAsyncIterator[_stored_pb2.PutVectorsRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_stored_pb2.PutVectorsResponse, _abc.Awaitable[_stored_pb2.PutVectorsResponse]]:
+        """Keeps a safetensors file, so that edits and captures can name its tensors. Scope `introspect` or `edit`."""
+
+    @_abc_1.abstractmethod
+    def ListVectors(
+        self,
+        request: _stored_pb2.ListVectorsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_stored_pb2.ListVectorsResponse, _abc.Awaitable[_stored_pb2.ListVectorsResponse]]:
+        """Tells what is kept for the caller's tenant. Scope `introspect` or `edit`."""
+
+    @_abc_1.abstractmethod
+    def DeleteVectors(
+        self,
+        request: _stored_pb2.DeleteVectorsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_stored_pb2.DeleteVectorsResponse, _abc.Awaitable[_stored_pb2.DeleteVectorsResponse]]:
+        """Forgets a file of the caller's tenant. Scope `introspect` or `edit`."""
 
 def add_IntrospectionServicer_to_server(servicer: IntrospectionServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

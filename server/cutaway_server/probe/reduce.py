@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cutaway_server.captures import SUMMARIES, Capture, HeadSummary, Lens, Norm, Places, Project, SumKeys, TopK
+from cutaway_server.kernels.linear import linear
 
 Parts = dict[str, Tensor]
 Axes = tuple[tuple[str, Places], ...]
@@ -51,6 +52,19 @@ def _largest(values: Tensor, k: int, places: Tensor, before: Axes) -> Outcome:
     axes = (*before, ("top", range(found.shape[-1])))
     parts = {"values": values.gather(-1, found), "indices": places[found], "mass": mass}
     return Outcome(parts, {"values": axes, "indices": axes, "mass": before})
+
+
+def translated(how: Lens, values: Tensor) -> Tensor:
+    """Residuals fp32 [layers, rows, d_model], each through its layer's translator of a tuned lens, if it has one."""
+    if not how.translators:
+        return values
+    made = []
+    for residual, translator in zip(values, how.translators, strict=True):
+        if translator is not None:
+            weight, bias = (torch.from_numpy(each).to(values.device) for each in (translator.weight, translator.bias))
+            residual = residual + linear(residual, weight, bias)
+        made.append(residual)
+    return torch.stack(made)
 
 
 def lens(capture: Capture, logits: Tensor) -> Outcome:

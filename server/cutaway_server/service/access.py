@@ -28,6 +28,7 @@ KNOWN = frozenset(Scope)  # any credential will do
 GENERATE = frozenset({Scope.GENERATE})
 OBSERVE = frozenset({Scope.OBSERVE})
 INTROSPECT = frozenset({Scope.INTROSPECT})
+PUT_ASIDE = frozenset({Scope.INTROSPECT, Scope.EDIT})
 INTROSPECTION = "/cutaway.v1.Introspection/"
 HEALTH = "/grpc.health.v1.Health/"
 REFLECTION = "/grpc.reflection.{}.ServerReflection/ServerReflectionInfo"
@@ -52,6 +53,9 @@ METHODS: Mapping[str, frozenset[Scope]] = {
     INTROSPECTION + "ListRequests": OBSERVE,
     INTROSPECTION + "PredictCacheHit": OBSERVE | GENERATE,
     INTROSPECTION + "ReadCache": INTROSPECT,
+    INTROSPECTION + "PutVectors": PUT_ASIDE,
+    INTROSPECTION + "ListVectors": PUT_ASIDE,
+    INTROSPECTION + "DeleteVectors": PUT_ASIDE,
     HEALTH + "Check": KNOWN,
     HEALTH + "List": KNOWN,
     HEALTH + "Watch": KNOWN,

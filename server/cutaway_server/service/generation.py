@@ -20,6 +20,7 @@ from cutaway_server.service.caller import Caller, Scope, current
 from cutaway_server.service.describing import started
 from cutaway_server.service.desk import Desk
 from cutaway_server.service.reply import Asked, Reply
+from cutaway_server.service.shelf import Shelf
 from cutaway_server.service.status import Context, Loading, PermissionDenied
 from cutaway_server.service.workers import Workers
 from cutaway_server.text.tokenizer import TextModel
@@ -40,7 +41,8 @@ class Served:
 class Generation:
     """Computes requests. `served` is set when the model is ready; until then calls are UNAVAILABLE."""
 
-    def __init__(self, desk: Desk, workers: Workers, config: Config) -> None:
+    def __init__(self, desk: Desk, workers: Workers, config: Config, shelf: Shelf) -> None:
+        self.shelf = shelf
         self.served: Served | None = None
         self._desk = desk
         self._workers = workers
@@ -60,7 +62,8 @@ class Generation:
     def limits(self) -> Limits:
         """What requests must stay within."""
         config = self._config
-        return Limits(self.ready().facts, config.max_prompt_bytes, config.max_backlog, config.max_capture_bytes)
+        facts = self.ready().facts
+        return Limits(facts, config.max_prompt_bytes, config.max_backlog, config.max_capture_bytes, self.shelf)
 
     async def ask(
         self, request: v1.GenerateRequest, deadline: float | None = None, *, limits: Limits | None = None

@@ -1,0 +1,78 @@
+"""The part of cutaway.v1.Introspection that keeps files for later requests."""
+# ruff: noqa: N802, ARG002  (the contract names the methods, and gRPC gives each both arguments)
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from functools import partial
+
+from cutaway.v1 import stored_pb2 as v1
+
+from cutaway_server.errors import InvalidField
+from cutaway_server.service.caller import current
+from cutaway_server.service.files import read_file
+from cutaway_server.service.shelf import Kept, Kind, Shelf
+from cutaway_server.service.status import Context
+from cutaway_server.service.workers import Workers
+
+NAME = re.compile(r"[A-Za-z0-9._:-]{0,128}")
+KINDS = {Kind.VECTORS: v1.STORED_KIND_VECTORS, Kind.TUNED_LENS: v1.STORED_KIND_TUNED_LENS}
+
+
+class PuttingAside:
+    """The methods, for `methods_of`."""
+
+    def __init__(self, shelf: Shelf, workers: Workers) -> None:
+        self._shelf = shelf
+        self._workers = workers
+
+    async def PutVectors(
+        self, requests: AsyncIterator[v1.PutVectorsRequest], context: Context
+    ) -> v1.PutVectorsResponse:
+        """Keep a file."""
+        tenant = current().caller.tenant
+        header: v1.VectorsHeader | None = None
+        with self._shelf.arriving(tenant) as arriving:
+            async for request in requests:
+                if request.WhichOneof("part") == "header":
+                    _check_header(request.header, header)
+                    header = request.header
+                elif header is None:
+                    raise InvalidField("header", None, "must be the first message")
+                else:
+                    arriving.add(request.data)
+            if header is None:
+                raise InvalidField("header", None, "must be the first message")
+            data = arriving.data
+            kept = await self._workers.run(partial(read_file, data, header.name), len(data))
+        self._shelf.put(tenant, kept)
+        return v1.PutVectorsResponse(file=told(kept, shared=False))
+
+    async def ListVectors(self, request: v1.ListVectorsRequest, context: Context) -> v1.ListVectorsResponse:
+        """Tell what is kept."""
+        tenant = current().caller.tenant
+        return v1.ListVectorsResponse(
+            files=[told(kept, shared=shared) for kept, shared in self._shelf.listed(tenant)],
+            bytes=self._shelf.used(tenant), max_bytes=self._shelf.max_bytes,
+        )  # fmt: skip
+
+    async def DeleteVectors(self, request: v1.DeleteVectorsRequest, context: Context) -> v1.DeleteVectorsResponse:
+        """Forget a file."""
+        self._shelf.delete(current().caller.tenant, request.id)
+        return v1.DeleteVectorsResponse()
+
+
+def _check_header(header: v1.VectorsHeader, before: v1.VectorsHeader | None) -> None:
+    if before is not None:
+        raise InvalidField("header", header.name, "must come once, as the first message")
+    if not NAME.fullmatch(header.name):
+        raise InvalidField("header.name", header.name, "must be at most 128 characters of [A-Za-z0-9._:-]")
+
+
+def told(kept: Kept, *, shared: bool) -> v1.StoredFile:
+    """A file as lists tell it."""
+    tensors = [v1.StoredTensor(name=name, shape=tensor.shape) for name, tensor in sorted(kept.tensors.items())]
+    return v1.StoredFile(
+        id=kept.id, name=kept.name, kind=KINDS[kept.kind], bytes=kept.n_bytes, tensors=tensors, shared=shared
+    )
