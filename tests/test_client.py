@@ -92,7 +92,8 @@ def test_the_asynchronous_client_has_the_same_calls() -> None:
 
     assert calls(Client) == calls(AsyncClient)
     assert set(calls(Client)) == {
-        "abort", "close", "complete", "detokenize", "generate", "health", "model", "tokenize",
+        "abort", "attention", "close", "complete", "detokenize", "estimate", "generate", "health", "hidden_states",
+        "list_points", "logit_lens", "model", "tokenize", "trace",
     }  # fmt: skip
     assert inspect.signature(Client) == inspect.signature(AsyncClient)
 

@@ -1,6 +1,6 @@
 """Cutaway's client: `Client` and `AsyncClient`, what they return, and what they raise.
 
-Importing this is quick: gRPC is loaded only when one of the two clients is first named.
+Importing this is quick: gRPC is loaded when one of the two clients is first named, numpy with the first array.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ from cutaway.results import (
     Architecture,
     Completion,
     Detokenized,
+    Estimate,
     FinishReason,
     Health,
+    LensResult,
     Limits,
     Merge,
     Model,
+    Point,
     PromptToken,
     Started,
     TextInfo,
@@ -46,31 +49,41 @@ from cutaway.results import (
 
 if TYPE_CHECKING:
     from cutaway.aio import AsyncClient, AsyncStream
+    from cutaway.arrays import Array, Arrays
+    from cutaway.capture import Capture
     from cutaway.client import Client, Stream
+    from cutaway.edit import Edit
 
 __all__ = [
     "AlreadyExists",
     "Answer",
     "Architecture",
+    "Array",
+    "Arrays",
     "AsyncClient",
     "AsyncStream",
     "Cancelled",
+    "Capture",
     "Client",
     "Completion",
     "CutawayError",
     "DeadlineExceeded",
     "Detokenized",
+    "Edit",
+    "Estimate",
     "FailedPrecondition",
     "FinishReason",
     "GenerateOptions",
     "Health",
     "InvalidArgument",
+    "LensResult",
     "Limits",
     "Merge",
     "Message",
     "Model",
     "NotFound",
     "PermissionDenied",
+    "Point",
     "PromptToken",
     "QueueFull",
     "ResourceExhausted",
@@ -101,4 +114,16 @@ def __getattr__(name: str) -> object:
         from cutaway import aio
 
         return getattr(aio, name)
+    if name in ("Array", "Arrays"):
+        from cutaway import arrays
+
+        return getattr(arrays, name)
+    if name == "Capture":
+        from cutaway import capture
+
+        return capture.Capture
+    if name == "Edit":
+        from cutaway import edit
+
+        return edit.Edit
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

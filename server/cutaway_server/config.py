@@ -151,6 +151,12 @@ class Config(BaseModel):
     max_backlog: Annotated[Bytes, Field(ge=2**16)] = Field(
         32 * 2**20, description="Bytes held for a reader that does not read; over it that request ends."
     )
+    max_capture_bytes: Annotated[Bytes, Field(ge=0)] = Field(
+        2**30, description="Bytes of captured values that one request may send, at most; 0 refuses all captures."
+    )
+    capture_memory: Annotated[Bytes, Field(ge=0)] = Field(
+        4 * 2**30, description="Bytes of captured values that all requests at work may hold for their readers."
+    )
     max_streams: Count = Field(1024, description="Calls open on one connection, at most.")
     max_connections: Count = Field(1024, description="Connections open at the same time, at most.")
     max_connection_age: Annotated[float, Field(ge=1, le=LONGEST_AGE)] | None = Field(

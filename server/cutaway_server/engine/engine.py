@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -14,10 +14,12 @@ import torch
 
 from cutaway_server.cache.pages import Pages
 from cutaway_server.engine.batch import BatchBuilder
+from cutaway_server.engine.looking import probe_of
 from cutaway_server.engine.observed import FORWARD, PREPARE, REPORT, SAMPLE, SCHEDULE, Observed
 from cutaway_server.engine.requests import Completion, LiveRequest
 from cutaway_server.engine.scoring import score
 from cutaway_server.errors import CutawayError, DeadlineExceeded, EngineFailed
+from cutaway_server.model.probed import Probe
 from cutaway_server.model.transformer import Transformer
 from cutaway_server.request import (
     CompletionEnded,
@@ -31,7 +33,7 @@ from cutaway_server.request import (
     SamplingParams,
     Started,
 )  # fmt: skip
-from cutaway_server.sampler import BatchMaker, SampledBatch, SamplerState, sample
+from cutaway_server.sampler import BatchMaker, SampledBatch, SamplerState, masks, sample
 from cutaway_server.scheduler import Schedule, Scheduler, Work
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,12 @@ class Draw:
     completion: Completion
     row: int
     step: int
+
+    @property
+    def forced(self) -> int | None:
+        """The token that the request wants in place of the one sampled."""
+        overrides, sequence = self.live.request.edits.overrides, self.completion.sequence
+        return dict(overrides).get(len(sequence.tokens) - sequence.prompt_length) if overrides else None
 
 
 class Engine:
@@ -107,7 +115,10 @@ class Engine:
         self.steps += 1
         wanted = [_wanted(work) for work in schedule.work]
         self.observed.mark(SCHEDULE)
-        residual = self._compute(schedule, wanted)
+        probe = probe_of(schedule, self.live, self.model.kernels, self.pages.keys.device, self.steps)
+        residual = self._compute(schedule, wanted, probe)
+        if probe is not None:
+            events += self._captured(probe)
         self.scheduler.complete(schedule)
         draws: list[Draw] = []
         for work, count, end in zip(schedule.work, wanted, accumulate(wanted), strict=True):
@@ -123,13 +134,23 @@ class Engine:
         self.observed.step(schedule)
         return events
 
-    def _compute(self, schedule: Schedule, wanted: list[int]) -> torch.Tensor:
+    def _compute(self, schedule: Schedule, wanted: list[int], probe: Probe | None) -> torch.Tensor:
         """The last residuals of the wanted rows, so many at the end of each work, one after the other."""
         self._copy(schedule)
         batch = self.builder.build(schedule.work, wanted)
-        residual = self.model.forward(batch, self.pages, self._prepared)
+        residual = self.model.forward(batch, self.pages, self._prepared, probe)
         self.observed.mark(FORWARD)
         return residual
+
+    def _captured(self, probe: Probe) -> Events:
+        """What was seen in a step; a request for which that failed ends."""
+        events: Events = []
+        for request_id, found in probe.recorder.pieces():
+            if isinstance(found, Exception):
+                events += self.fail(request_id, found)
+            elif request_id in self.live:
+                events.append((request_id, found))
+        return events
 
     def _prepared(self) -> None:
         self.observed.mark(PREPARE)
@@ -224,7 +245,17 @@ class Engine:
             residual = residual[torch.tensor(rows, device=residual.device)]
         states = [draw.completion.sampler for draw in draws]
         positions = [len(draw.completion.sequence.tokens) for draw in draws]
-        return list(_to_host(sample(self.model.logits(residual), self._batches.make(states, positions))))
+        batch = self._batches.make(states, positions)
+        if (forced := self._forced(draws)) is not None:
+            batch = replace(batch, mask=forced)
+        return list(_to_host(sample(self.model.logits(residual), batch)))
+
+    def _forced(self, draws: Items[Draw]) -> torch.Tensor | None:
+        """A mask that leaves one token where a request overrides what is sampled; None: nowhere."""
+        forced = [draw.forced for draw in draws]
+        if all(token is None for token in forced):
+            return None
+        return masks(forced, self.model.config.d_vocab).to(self.pages.keys.device)
 
     def _advance(self, draw: Draw, token: int, logprobs: Logprobs | None) -> Iterator[tuple[str, Event]]:
         """Take a drawn token into its completion, and end that if it is the last."""

@@ -172,7 +172,7 @@ class Observed:
                 continue
             kind = type(event)
             if kind is Sampled:
-                self._sampled(watched, event.index, now)  # type: ignore[union-attr]  # the line above says which
+                self._sampled(watched, event.index, now)  # type: ignore[union-attr, arg-type]  # the line above says which
             elif isinstance(event, CompletionEnded):
                 self._completion_ended(watched, event)
             elif isinstance(event, RequestEnded):

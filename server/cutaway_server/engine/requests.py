@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from cutaway_server.probe.looks import Pooled
 from cutaway_server.request import Request, Timings
 from cutaway_server.sampler import SamplerState
 from cutaway_server.scheduler import Sequence
@@ -33,6 +34,7 @@ class LiveRequest:
     first_token: float | None = None
     last_token: float | None = None
     preemptions: int = 0
+    pooled: dict[int, Pooled] = field(default_factory=dict)  # by number of the capture
 
     def timings(self) -> Timings:
         """What took how long, up to now."""

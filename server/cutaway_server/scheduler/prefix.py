@@ -39,9 +39,15 @@ class PrefixCache:
         return self.enabled and request.prefix_caching
 
     def _hash(self, sequence: Sequence, full: int) -> None:
-        """Extend the sequence's digests to its first `full` blocks. The tenant salts the first."""
-        size = self.pool.page_size
+        """Extend the sequence's digests to its first `full` blocks.
+
+        The tenant salts the first; edits that of the first position whose values they change.
+        """
+        size, edits = self.pool.page_size, sequence.request.edits
+        edited = edits.first_position() if edits.changes_values else None
         for i in range(len(sequence.digests), full):
             parent = sequence.digests[-1] if i else ROOT
             salt = b"" if i else sequence.request.tenant.encode()
+            if edited is not None and edited // size == i:
+                salt += b"\0" + edits.salt  # no tenant's name has a zero
             sequence.digests.append(self.pool.chain(parent, sequence.tokens[i * size : (i + 1) * size], salt))

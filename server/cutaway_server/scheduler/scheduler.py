@@ -158,12 +158,15 @@ class Scheduler:
                 continue
             assert sequence.next == work.start, "a schedule is completed once, before the next is made"
             assert not sequence.promised, "nobody knows what was computed"
-            sequence.next = work.stop
+            sequence.told = max(sequence.told, work.stop)
             if work.start < sequence.prompt_length:
                 sequence.scored = max(sequence.scored, min(work.stop, sequence.prompt_length))
             if work.stop > work.stored:
                 sequence.stored = work.stop
                 self._prefix.publish(sequence, work.stored // self.pool.page_size)
+            sequence.next = work.stop
+            if work.stop < sequence.stored:
+                sequence.next = sequence.wanted_from(work.stop)
 
     def append(self, sequence: Sequence, token: int) -> None:
         """Commit a sampled token, to be computed next, or make known the one that was promised."""
@@ -200,6 +203,7 @@ class Scheduler:
             stored=sequence.stored,
             next=sequence.next,
             scored=sequence.scored,
+            told=sequence.told,
             digests=list(sequence.digests),
         )
         for block in twin.blocks:
@@ -318,14 +322,8 @@ class Scheduler:
             self.pool.share(block)
         sequence.blocks = found + [self.pool.take() for _ in range(fresh)]
         sequence.stored = len(found) * self.pool.page_size
-        sequence.next = min(sequence.stored, self._first_wanted(sequence))
+        sequence.next = sequence.wanted_from(0)
         return True
-
-    def _first_wanted(self, sequence: Sequence) -> int:
-        """The first row whose logits someone wants: even if all is cached, the last one has to be computed."""
-        if sequence.request.sampling.prompt_logprobs is not None and sequence.scored < sequence.prompt_length - 1:
-            return sequence.scored
-        return len(sequence.tokens) - 1
 
     def _give_back(self, sequence: Sequence) -> None:
         for block in reversed(sequence.blocks):  # the tail is evicted before the head, which more can share

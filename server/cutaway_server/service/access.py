@@ -26,6 +26,7 @@ Behaviour = Callable[[Any, Context], Awaitable[Any]]
 
 KNOWN = frozenset(Scope)  # any credential will do
 GENERATE = frozenset({Scope.GENERATE})
+INTROSPECT = frozenset({Scope.INTROSPECT})
 HEALTH = "/grpc.health.v1.Health/"
 REFLECTION = "/grpc.reflection.{}.ServerReflection/ServerReflectionInfo"
 
@@ -36,6 +37,12 @@ METHODS: Mapping[str, frozenset[Scope]] = {
     "/cutaway.v1.Inference/Tokenize": GENERATE,
     "/cutaway.v1.Inference/Detokenize": GENERATE,
     "/cutaway.v1.Inference/GetModel": KNOWN,
+    "/cutaway.v1.Introspection/ListPoints": INTROSPECT,
+    "/cutaway.v1.Introspection/Trace": INTROSPECT,
+    "/cutaway.v1.Introspection/GetHiddenStates": INTROSPECT,
+    "/cutaway.v1.Introspection/GetAttention": INTROSPECT,
+    "/cutaway.v1.Introspection/LogitLens": INTROSPECT,
+    "/cutaway.v1.Introspection/Estimate": INTROSPECT,
     HEALTH + "Check": KNOWN,
     HEALTH + "List": KNOWN,
     HEALTH + "Watch": KNOWN,

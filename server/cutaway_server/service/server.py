@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import grpc
 from cutaway.v1 import inference_pb2 as v1
+from cutaway.v1 import introspection_pb2
 from grpc_health.v1 import health_pb2
 
 from cutaway_server.config import Config
@@ -20,8 +21,10 @@ from cutaway_server.service.access import Gate
 from cutaway_server.service.audit import AuditLog
 from cutaway_server.service.credentials import CredentialStore
 from cutaway_server.service.desk import Backend, Desk
+from cutaway_server.service.generation import Generation, Served
 from cutaway_server.service.health import Health, first_of
-from cutaway_server.service.inference import Inference, Served
+from cutaway_server.service.inference import Inference
+from cutaway_server.service.introspection import Introspection
 from cutaway_server.service.methods import methods_of
 from cutaway_server.service.metrics import Metrics
 from cutaway_server.service.probes import probes
@@ -33,6 +36,7 @@ from cutaway_server.text.tokenizer import TextModel
 log = logging.getLogger(__name__)
 
 INFERENCE = v1.DESCRIPTOR.services_by_name["Inference"]
+INTROSPECTION = introspection_pb2.DESCRIPTOR.services_by_name["Introspection"]
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 FAREWELL_SECONDS = 2.0  # for the last messages of streams that are over
 
@@ -53,8 +57,8 @@ class Server:
         self._config = config
         self._workers = Workers(config.tokenizer_threads, config.max_running + config.max_queued)
         self.desk = Desk(asyncio.get_running_loop())
-        self._inference = Inference(self.desk, self._workers, config)
-        self._health = Health(("", INFERENCE.full_name))
+        self._generation = Generation(self.desk, self._workers, config)
+        self._health = Health(("", INFERENCE.full_name, INTROSPECTION.full_name))
         self.metrics = Metrics(config)
         self._credentials = CredentialStore(config.api_keys) if config.api_keys is not None else None
         self._tls = _tls(config)
@@ -64,9 +68,10 @@ class Server:
             options=bounds.options(config),
             maximum_concurrent_rpcs=bounds.most_calls(config),
         )
-        reflection = Reflection([INFERENCE.full_name, HEALTH.full_name])
+        reflection = Reflection([INFERENCE.full_name, INTROSPECTION.full_name, HEALTH.full_name])
         parts = [
-            methods_of(INFERENCE, self._inference),
+            methods_of(INFERENCE, Inference(self.desk, self._workers, config, self._generation)),
+            methods_of(INTROSPECTION, Introspection(self._generation)),
             methods_of(HEALTH, self._health),
             methods_of(V1ALPHA, reflection),
             methods_of(V1ALPHA, reflection, V1),
@@ -103,7 +108,7 @@ class Server:
     async def serve(self, backend: Backend, facts: EngineFacts, text: TextModel) -> None:
         """Take requests from now on."""
         self.desk.connect(backend)
-        self._inference.served = Served(facts, text)
+        self._generation.served = Served(facts, text)
         await self._tell(serving=True)
 
     async def drain(self, *cuts: asyncio.Event) -> None:
