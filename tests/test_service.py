@@ -109,7 +109,7 @@ def test_the_model_is_described(client: Any, live: LiveServer, tiny: tuple[Path,
 def test_health_is_told_for_the_server_and_the_service(live: LiveServer) -> None:
     with grpc.insecure_channel(live.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        for name in ("", "cutaway.v1.Inference"):
+        for name in ("", "cutaway.v1.Inference", "cutaway.v1.Introspection"):
             assert health.Check(health_pb2.HealthCheckRequest(service=name)).status == 1  # SERVING
         with pytest.raises(grpc.RpcError) as raised:
             health.Check(health_pb2.HealthCheckRequest(service="nobody"))

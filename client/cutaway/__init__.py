@@ -22,6 +22,21 @@ from cutaway.errors import (
     Unauthenticated,
     Unavailable,
 )
+from cutaway.machine import (
+    Block,
+    BlockEvent,
+    BlockHolder,
+    Blocks,
+    CacheContents,
+    CacheHit,
+    CacheStats,
+    CompletionInfo,
+    RequestInfo,
+    Requests,
+    Step,
+    StepRows,
+    StepToken,
+)
 from cutaway.options import GenerateOptions, Message, Sampling, TokenizeOptions
 from cutaway.results import (
     Answer,
@@ -53,6 +68,8 @@ if TYPE_CHECKING:
     from cutaway.capture import Capture
     from cutaway.client import Client, Stream
     from cutaway.edit import Edit
+    from cutaway.machine_aio import AsyncWatch
+    from cutaway.machine_calls import Watch
 
 __all__ = [
     "AlreadyExists",
@@ -62,10 +79,19 @@ __all__ = [
     "Arrays",
     "AsyncClient",
     "AsyncStream",
+    "AsyncWatch",
+    "Block",
+    "BlockEvent",
+    "BlockHolder",
+    "Blocks",
+    "CacheContents",
+    "CacheHit",
+    "CacheStats",
     "Cancelled",
     "Capture",
     "Client",
     "Completion",
+    "CompletionInfo",
     "CutawayError",
     "DeadlineExceeded",
     "Detokenized",
@@ -86,10 +112,15 @@ __all__ = [
     "Point",
     "PromptToken",
     "QueueFull",
+    "RequestInfo",
+    "Requests",
     "ResourceExhausted",
     "Sampling",
     "ServerError",
     "Started",
+    "Step",
+    "StepRows",
+    "StepToken",
     "Stream",
     "TextInfo",
     "Timings",
@@ -100,6 +131,7 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Usage",
+    "Watch",
     "WordMerges",
 ]
 
@@ -114,6 +146,14 @@ def __getattr__(name: str) -> object:
         from cutaway import aio
 
         return getattr(aio, name)
+    if name == "Watch":
+        from cutaway import machine_calls
+
+        return machine_calls.Watch
+    if name == "AsyncWatch":
+        from cutaway import machine_aio
+
+        return machine_aio.AsyncWatch
     if name in ("Array", "Arrays"):
         from cutaway import arrays
 

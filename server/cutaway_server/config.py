@@ -133,6 +133,15 @@ class Config(BaseModel):
     max_running: Slots = Field(64, description="Completions computed at the same time, at most.")
     max_queued: Count = Field(1024, description="Requests that may wait; more are refused.")
     prefix_caching: bool = Field(True, description="Share pages between prompts that begin alike.")
+    retain_bytes: Annotated[Bytes, Field(ge=0)] = Field(
+        64 * 2**20,
+        description="Bytes of KV cache in which each tenant's finished requests stay, to be read, forked and replayed, "
+        "while nobody needs the room; 0 keeps none.",
+    )
+    retain_seconds: float = Field(300.0, ge=0, le=86400, description="Seconds that each of them stays, at most.")
+    inspect_text: bool = Field(
+        False, description="Tell those who observe their own requests the tokens and texts of these, too."
+    )
     drain_timeout: float = Field(
         30.0, ge=0, le=86400, description="Seconds that running requests may go on after SIGTERM."
     )

@@ -110,6 +110,7 @@ class AheadEngine(Engine):
         self.observed.mark(REPORT)
         events = [] if before is None else self._tell(before)
         self.observed.step(schedule)
+        self.watched.computed(schedule, self.steps)
         return events
 
     def _land(self) -> Events:

@@ -78,6 +78,11 @@ class Scheduler:
         """Number of sequences that wait, new or preempted."""
         return len(self.waiting)
 
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether prompts that begin alike share blocks."""
+        return self._prefix.enabled
+
     def looks_up(self, request: Request) -> bool:
         """Whether the prompt of `request` is looked for in the prefix cache."""
         return self._prefix.serves(request)
@@ -207,7 +212,7 @@ class Scheduler:
             digests=list(sequence.digests),
         )
         for block in twin.blocks:
-            self.pool.share(block)
+            self.pool.share(block, twin.owner)
         sequence.slots -= 1
         insort(self.running, twin, key=lambda sequence: sequence.order)
         self._time(twin)
@@ -284,12 +289,13 @@ class Scheduler:
     def _grow(self, sequence: Sequence, draft: Draft) -> None:
         if self._writes_shared(sequence):
             tail = sequence.stored // self.pool.page_size
-            shared, own = sequence.blocks[tail], self.pool.take()
+            shared = sequence.blocks[tail]
+            own = self.pool.take(sequence.owner, copy_of=shared)
             sequence.blocks = [*sequence.blocks[:tail], own, *sequence.blocks[tail + 1 :]]
-            self.pool.release(shared)
+            self.pool.release(shared, sequence.owner)
             draft.copies.append((shared, own))
         for _ in range(self._pages(len(sequence.tokens)) - len(sequence.blocks)):
-            sequence.blocks.append(self.pool.take())
+            sequence.blocks.append(self.pool.take(sequence.owner))
 
     def _admit(self, draft: Draft) -> None:
         free = self.max_running - self.n_running
@@ -319,15 +325,15 @@ class Scheduler:
             self._stalled = (sequence, available)
             return False
         for block in found:
-            self.pool.share(block)
-        sequence.blocks = found + [self.pool.take() for _ in range(fresh)]
+            self.pool.share(block, sequence.owner)
+        sequence.blocks = found + [self.pool.take(sequence.owner) for _ in range(fresh)]
         sequence.stored = len(found) * self.pool.page_size
         sequence.next = sequence.wanted_from(0)
         return True
 
     def _give_back(self, sequence: Sequence) -> None:
         for block in reversed(sequence.blocks):  # the tail is evicted before the head, which more can share
-            self.pool.release(block)
+            self.pool.release(block, sequence.owner)
         sequence.blocks = []
         sequence.stored = sequence.next = 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cutaway_server.cache.events import Owner
 from cutaway_server.request import Request
 
 
@@ -29,6 +30,10 @@ class Sequence:
     promised: bool = False  # its last token is being drawn: the place is taken, what it is is not known yet
     preemptions: int = 0
     digests: list[bytes] = field(default_factory=list)  # of its full blocks; grows with the tokens
+    owner: Owner = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.owner = Owner(self.request.tenant, self.request.request_id, self.index)
 
     @property
     def prompt_length(self) -> int:
