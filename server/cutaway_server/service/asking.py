@@ -19,6 +19,7 @@ from cutaway_server.request import (
     check_bad_words,
     resolve_sampling,
 )  # fmt: skip
+from cutaway_server.service.caller import ANYBODY, Caller
 from cutaway_server.service.outbox import token_size
 from cutaway_server.service.reply import Asked
 from cutaway_server.service.texts import check_flags, encode_chat, encode_text, is_set, token_ids
@@ -44,9 +45,9 @@ def ask(
     limits: Limits,
     arrival: float,
     deadline: float | None,
-    tenant: str = "",
+    caller: Caller = ANYBODY,
 ) -> Asked:
-    """Check and tokenise a request of `tenant`. Times are seconds of time.monotonic().
+    """Check and tokenise a request of `caller`. Times are seconds of time.monotonic().
 
     Raises:
         InvalidField: names the field, the value and the rule.
@@ -61,8 +62,10 @@ def ask(
         _sampling(options, model, limits.facts, len(prompt)),
         arrival,
         deadline,
-        tenant,
+        caller.tenant,
         prefix_caching=is_set(message, "prefix_caching", default=True),
+        priority=caller.priority,
+        share=caller.share,
     )
     return _asked(request, model, limits, skip=is_set(message, "skip_special_tokens", default=True), echo=message.echo)
 

@@ -57,9 +57,7 @@ class Inference(InferenceServicer):
         deadline = None if remaining is None else arrival + remaining
         limits = Limits(served.facts, self._max_prompt_bytes, self._max_backlog)
         call = current()
-        asked = await self._workers.run(
-            partial(ask, request, served.text, limits, arrival, deadline, call.caller.tenant)
-        )
+        asked = await self._workers.run(partial(ask, request, served.text, limits, arrival, deadline, call.caller))
         call.request_id = asked.request.request_id
         if self._log_prompts:
             log.info("request %s: prompt %r", call.request_id, served.text.decode(asked.request.prompt))
