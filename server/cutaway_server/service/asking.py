@@ -6,6 +6,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from cutaway.v1 import inference_pb2 as v1
 
@@ -25,7 +26,7 @@ from cutaway_server.service.reply import Asked
 from cutaway_server.service.texts import check_flags, encode_chat, encode_text, is_set, token_ids
 from cutaway_server.service.tokens import sampling_options, wire_token
 from cutaway_server.text.stream import CompletionText, StreamDecoder, stop_texts
-from cutaway_server.text.tokenizer import TextModel
+from cutaway_server.text.tokenizer import LengthCheck, TextModel
 
 NAME = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -55,7 +56,7 @@ def ask(
     """
     name = _name(message.request_id)
     options = sampling_options(message.sampling).over(limits.facts.defaults)
-    prompt = _prompt(message, model, limits)
+    prompt = _prompt(message, model, limits, partial(_check_length, options.max_tokens, limits.facts.max_context))
     request = Request(
         name,
         prompt,
@@ -93,16 +94,16 @@ def _name(asked: str) -> str:
     return asked or f"req-{secrets.token_hex(8)}"
 
 
-def _prompt(message: v1.GenerateRequest, model: TextModel, limits: Limits) -> tuple[int, ...]:
+def _prompt(message: v1.GenerateRequest, model: TextModel, limits: Limits, check: LengthCheck) -> tuple[int, ...]:
     ids: Sequence[int]
     check_flags(message)
     match message.WhichOneof("prompt"):
         case "text":
-            ids = encode_text(message, model, limits.max_prompt_bytes).ids
+            ids = encode_text(message, model, limits.max_prompt_bytes, check)
         case "token_ids":
             ids = token_ids(message.token_ids, limits.facts.config.d_vocab, limits.facts.max_context)
         case "chat":
-            ids = encode_chat(message.chat, model, limits.max_prompt_bytes)[1].ids
+            ids = encode_chat(message.chat, model, limits.max_prompt_bytes, check)[1].ids
         case _:
             raise InvalidField("prompt", None, "one of text, token_ids and chat must be set")
     if not ids:
@@ -111,7 +112,7 @@ def _prompt(message: v1.GenerateRequest, model: TextModel, limits: Limits) -> tu
 
 
 def _sampling(options: SamplingOptions, model: TextModel, facts: EngineFacts, prompt_length: int) -> SamplingParams:
-    _check_length(prompt_length, options.max_tokens, facts.max_context)
+    _check_length(options.max_tokens, facts.max_context, prompt_length)
     check_bad_words(options.bad_words)
     bad_words = tuple(
         spelling for i, word in enumerate(options.bad_words) for spelling in _spellings(f"[{i}]", word, model)
@@ -127,7 +128,7 @@ def _sampling(options: SamplingOptions, model: TextModel, facts: EngineFacts, pr
     )
 
 
-def _check_length(length: int, max_tokens: int | None, max_context: int) -> None:
+def _check_length(max_tokens: int | None, max_context: int, length: int) -> None:
     if length > max_context:
         raise InvalidField("prompt", f"{length} tokens", f"the context has {max_context}")
     if length == max_context and max_tokens is None:

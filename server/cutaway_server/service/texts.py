@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from cutaway.v1 import inference_pb2 as v1
 
 from cutaway_server.errors import InvalidField
-from cutaway_server.text.tokenizer import ChatMessage, Encoded, TextModel, WordMerges
+from cutaway_server.text.tokenizer import ChatMessage, Encoded, LengthCheck, TextModel, WordMerges
 
 MAX_MESSAGES = 4096
 MAX_DETOKENIZED = 2**18
 MAX_ANSWER_BYTES = 4 * 2**20  # stock clients refuse larger messages
+MAX_TOKENIZED = MAX_ANSWER_BYTES // 8  # each takes more bytes than that
 
 Input = v1.GenerateRequest | v1.TokenizeRequest
 
@@ -33,22 +34,18 @@ def check_flags(message: Input) -> None:
             raise InvalidField(flag, getattr(message, flag), f"is for a text, and must not be set with {kind}")
 
 
-def encode_text(message: Input, model: TextModel, max_bytes: int) -> Encoded:
-    """The tokens of a message's plain text: of an empty one those that are added, which may be none.
+def encode_text(message: v1.GenerateRequest, model: TextModel, max_bytes: int, check: LengthCheck) -> tuple[int, ...]:
+    """The ids of a message's plain text: of an empty one those that are added, which may be none.
 
     Raises:
-        InvalidField: it is too long.
+        InvalidField: it is too long, by `max_bytes` or by what `check` says of the number of its tokens.
     """
     _check_size("text", len(message.text.encode()), max_bytes)
-    return model.encode(
-        message.text,
-        add_special_tokens=is_set(message, "add_special_tokens", default=True),
-        parse_special_tokens=is_set(message, "parse_special_tokens", default=False),
-    )
+    return model.encode_ids(message.text, **_flags(message), check=check)
 
 
-def encode_chat(chat: v1.Chat, model: TextModel, max_bytes: int) -> tuple[str, Encoded]:
-    """A conversation as the template lays it out: the text, and its tokens.
+def encode_chat(chat: v1.Chat, model: TextModel, max_bytes: int, check: LengthCheck) -> tuple[str, Encoded]:
+    """A conversation as the template lays it out: the text, and its tokens, whose number `check` is told.
 
     Raises:
         InvalidField: it is empty, or too long, or has too many turns, or the template refuses it.
@@ -62,7 +59,14 @@ def encode_chat(chat: v1.Chat, model: TextModel, max_bytes: int) -> tuple[str, E
     _check_size("chat.messages", size, max_bytes)
     turns = [ChatMessage(turn.role, turn.content) for turn in chat.messages]
     prompted = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
-    return model.encode_chat(turns, add_generation_prompt=prompted)
+    return model.encode_chat(turns, add_generation_prompt=prompted, check=check)
+
+
+def _flags(message: Input) -> dict[str, bool]:
+    return {
+        "add_special_tokens": is_set(message, "add_special_tokens", default=True),
+        "parse_special_tokens": is_set(message, "parse_special_tokens", default=False),
+    }
 
 
 def _check_size(field: str, size: int, max_bytes: int) -> None:
@@ -96,9 +100,10 @@ def tokenize(message: v1.TokenizeRequest, model: TextModel, max_bytes: int) -> v
     check_flags(message)
     match message.WhichOneof("input"):
         case "text":
-            rendered, encoded = "", encode_text(message, model, max_bytes)
+            _check_size("text", len(message.text.encode()), max_bytes)
+            rendered, encoded = "", model.encode(message.text, **_flags(message), check=_check_count)
         case "chat":
-            rendered, encoded = encode_chat(message.chat, model, max_bytes)
+            rendered, encoded = encode_chat(message.chat, model, max_bytes, _check_count)
         case _:
             raise InvalidField("input", None, "one of text and chat must be set")
     answer = v1.TokenizeResponse(
@@ -111,6 +116,12 @@ def tokenize(message: v1.TokenizeRequest, model: TextModel, max_bytes: int) -> v
     )
     _check_answer("input", len(encoded.ids), answer.ByteSize())
     return answer
+
+
+def _check_count(count: int) -> None:
+    """Refuse what cannot fit an answer before it is looked at token by token."""
+    if count > MAX_TOKENIZED:
+        raise InvalidField("input", f"{count} tokens", f"at most {MAX_TOKENIZED} are told at once: send it in parts")
 
 
 def _check_answer(field: str, n_tokens: int, size: int) -> None:

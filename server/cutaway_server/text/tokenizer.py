@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from cutaway_server.text.template import ChatTemplate
 __all__ = ["ChatMessage", "Encoded", "Merge", "TextModel", "WordMerges"]
 
 MAX_RETRACED_SYMBOLS = 100_000
+
+LengthCheck = Callable[[int], None]
 
 
 class TextModel:
@@ -63,31 +65,49 @@ class TextModel:
         """
         return cls(source_from_gguf(metadata))
 
-    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special_tokens: bool = False) -> Encoded:
+    def encode(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        parse_special_tokens: bool = False,
+        check: LengthCheck | None = None,
+    ) -> Encoded:
         """Turn `text` into tokens.
 
         Args:
             text: the text.
             add_special_tokens: add the tokens that the model expects around a text, such as a first BOS.
             parse_special_tokens: read special tokens that are written in the text as such; else they are plain text.
+            check: is told how many tokens there are before anything is done for each of them, and may raise.
 
         Raises:
             InvalidField: the text is not Unicode, or writes a special token that this tokenizer can't spell out.
         """
-        check_unicode("text", text)
-        if parse_special_tokens:
-            return self._encoded(text, _tokens(self._reading, text, add_special_tokens=add_special_tokens))
-        encoding = _tokens(self._literal, text, add_special_tokens=add_special_tokens)
-        self._check_spelled_out(encoding)
-        return self._encoded(text, encoding)
+        return self._encoded(text, self._encoding(text, add_special_tokens, parse_special_tokens, check))
+
+    def encode_ids(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        parse_special_tokens: bool = False,
+        check: LengthCheck | None = None,
+    ) -> tuple[int, ...]:
+        """The ids of `encode` alone, for much less work."""
+        return tuple(self._encoding(text, add_special_tokens, parse_special_tokens, check).ids)
 
     def encode_chat(
-        self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        check: LengthCheck | None = None,
     ) -> tuple[str, Encoded]:
         """Lay out a conversation by the chat template: the text, and its tokens.
 
         The special tokens that the template writes are special; those that are written in messages are plain text.
-        Nothing is added: where the model expects a first BOS, its template writes it.
+        Nothing is added: where the model expects a first BOS, its template writes it. `check` is as for `encode`.
 
         Raises:
             InvalidField: the template refuses the conversation, or a message is not Unicode.
@@ -99,14 +119,20 @@ class TextModel:
         rendered = self._template.render(shielded, add_generation_prompt=add_generation_prompt)
         if shielded == list(messages):
             encoding = _tokens(self._reading, rendered, add_special_tokens=False)
+            _run(check, encoding)
             return rendered, self._encoded(rendered, encoding)
         layout = self._chat.layout(rendered)
         encoding = _tokens(self._literal, layout.text, add_special_tokens=False)
+        _run(check, encoding)
         self._check_spelled_out(encoding)
         tokens = layout.restored(encoding.ids)
-        characters = [(layout.origin[start], layout.origin[end]) for start, end in encoding.offsets]
         words = list(encoding.word_ids)
-        return layout.rendered, self._with_spans(layout.rendered, tokens, characters, words)
+        return layout.rendered, self._with_spans(
+            layout.rendered,
+            tokens,
+            lambda: [(layout.origin[start], layout.origin[end]) for start, end in _characters(encoding)],
+            words,
+        )
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Turn token ids into text. Bytes that are not UTF-8 become U+FFFD; ids without a token stand for nothing."""
@@ -170,24 +196,31 @@ class TextModel:
             return WordMerges(tuple(pieces), ())
         raise EngineFailed(f"merge steps lead to {word.pieces}, not to {pieces}")
 
+    def _encoding(self, text: str, add: bool, parse: bool, check: LengthCheck | None) -> Encoding:
+        check_unicode("text", text)
+        encoding = _tokens(self._reading if parse else self._literal, text, add_special_tokens=add)
+        _run(check, encoding)
+        if not parse:
+            self._check_spelled_out(encoding)
+        return encoding
+
     def _encoded(self, text: str, encoding: Encoding) -> Encoded:
         words = [
             None if extra else word for word, extra in zip(encoding.word_ids, encoding.special_tokens_mask, strict=True)
         ]
-        return self._with_spans(text, encoding.ids, encoding.offsets, words)
+        return self._with_spans(text, encoding.ids, lambda: _characters(encoding), words)
 
     def _with_spans(
         self,
         text: str,
         ids: Sequence[int],
-        characters: Sequence[tuple[int, int]],
+        characters: Callable[[], Sequence[tuple[int, int]]],
         words: Sequence[int | None],
     ) -> Encoded:
         pieces = [self.piece(token) or "" for token in ids]
         contents = [self.token_bytes(token) for token in ids]
-        spans = byte_spans(text, contents, characters, [word is None for word in words])
-        starts, ends = (tuple(span[side] for span in spans) for side in (0, 1))
-        return Encoded(tuple(ids), tuple(pieces), starts, ends, tuple(words))
+        starts, ends = byte_spans(text, contents, characters, [word is None for word in words])
+        return Encoded(tuple(ids), tuple(pieces), tuple(starts), tuple(ends), tuple(words))
 
     def _check_spelled_out(self, encoding: Encoding) -> None:
         """Special tokens in text that is plain would be a way to forge a turn of a conversation."""
@@ -238,3 +271,13 @@ def literal_twin(tokenizer: Tokenizer) -> Tokenizer:
 def _tokens(backend: Tokenizer, text: str, *, add_special_tokens: bool) -> Encoding:
     """One text's tokens. `encode` would hold the interpreter's lock all the while; a batch of one does not."""
     return backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+
+def _run(check: LengthCheck | None, encoding: Encoding) -> None:
+    if check is not None:
+        check(len(encoding))
+
+
+def _characters(encoding: Encoding) -> list[tuple[int, int]]:
+    """The characters each token was made from. `encoding.offsets` would hold the interpreter's lock all the while."""
+    return [encoding.token_to_chars(number) or (0, 0) for number in range(len(encoding))]
