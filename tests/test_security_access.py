@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,12 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cutaway.v1
 import grpc
 import pytest
 from certificates import Authority
 from cutaway import Client, NotFound, PermissionDenied, QueueFull, Unauthenticated
 from cutaway.v1 import inference_pb2 as v1
 from cutaway_server.service.access import METHODS
+from cutaway_server.service.credentials import digest, new_key
 from google.protobuf.descriptor_pool import Default
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from secured import DENIED, EVERY_SCOPE, bearer, outcome, write_keys
@@ -32,6 +36,7 @@ ALL_MAY = {
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 }
 GENERATORS_MAY = {f"/cutaway.v1.Inference/{name}" for name in ("Generate", "Abort", "Tokenize", "Detokenize")}
+LOW = new_key()
 METHODS_BY_HAND = sorted(ALL_MAY | GENERATORS_MAY)
 
 
@@ -68,6 +73,16 @@ def test_every_method_that_is_served_is_in_the_table_and_no_other(secured: Simpl
     methods = {f"/{name}/{method.name}" for name in served for method in Default().FindServiceByName(name).methods}
     assert methods == set(METHODS)
     assert sorted(methods) == METHODS_BY_HAND, "what a new method needs is written here, too"
+
+
+def test_every_method_of_the_contract_has_a_scope_before_it_is_served() -> None:
+    names = [module.name for module in pkgutil.iter_modules(cutaway.v1.__path__) if module.name.endswith("_pb2")]
+    files = [importlib.import_module(f"cutaway.v1.{name}").DESCRIPTOR for name in names]
+    services = [service for file in files for service in file.services_by_name.values()]
+    methods = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}
+    assert "/cutaway.v1.Inference/Generate" in methods
+    assert methods <= set(METHODS), "service/access.py: which scope opens it?"
+    assert all(METHODS[method] and METHODS[method] <= set(EVERY_SCOPE) for method in methods)
 
 
 class WithKey(grpc.StreamStreamClientInterceptor):  # type: ignore[misc]
@@ -213,6 +228,26 @@ def test_a_tenants_calls_are_counted_and_given_back_and_other_tenants_have_their
             stream.close()
         assert eventually(live.is_clean)
         assert b.tokenize("Hi").ids
+
+
+def test_a_key_of_more_priority_takes_a_place_and_who_had_it_goes_on_as_if_nothing_had_been(
+    tiny: Path, tmp_path: Path
+) -> None:
+    later = f'priority = 5\n[[key]]\nname = "low"\nsha256 = "{digest(LOW)}"\nscopes = ["generate"]\ntenant = "t"\n'
+    keys = write_keys(tmp_path / "keys.toml", {"high": (["generate"], "t")}, later)
+    with (
+        serving(tiny, api_keys=str(tmp_path / "keys.toml"), pace=0.005, max_running=1) as live,
+        Client(live.address, api_key=LOW) as low,
+        Client(live.address, api_key=keys["high"]) as high,
+    ):
+        asked = {"max_tokens": 200, "ignore_eos": True, "temperature": 0}
+        alone = low.complete("Hello", **asked).token_ids
+        stream = low.generate("Hello", **asked)
+        begun = [next(stream).id]
+        assert len(high.complete("Hi", max_tokens=5, ignore_eos=True).token_ids) == 5
+        assert stream.completions is None, "it has not ended before"
+        assert begun + [token.id for token in stream] == list(alone)
+        assert stream.answer().timings.preemptions == 1
 
 
 def test_sighup_reads_the_keys_again_and_cuts_no_stream(tiny: Path, tmp_path: Path) -> None:

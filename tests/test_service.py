@@ -350,7 +350,7 @@ def test_texts_wait_to_be_tokenised_in_as_many_places_as_requests_may_run_and_wa
         blocked = asyncio.run_coroutine_threadsafe(workers.run(busy.wait), live.loop)
         calls = [client.Generate(asking("hello", max_tokens=4)) for _ in range(8)]
         try:
-            assert eventually(lambda: workers._taken == 9)
+            assert eventually(lambda: workers._taken.total() == 9)
             with pytest.raises(grpc.RpcError) as raised:
                 client.Tokenize(v1.TokenizeRequest(text="one too many"))
         finally:

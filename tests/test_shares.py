@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from cutaway_server.errors import QueueFull
 from test_scheduler import Engine, request_for, scheduler_with
 
 
@@ -68,6 +69,20 @@ def test_a_tenant_that_fills_the_cache_makes_way() -> None:
     for _ in range(60):
         engine.step()
     assert question.finished
+    engine.run()
+
+
+def test_a_tenant_does_not_fill_the_queue_for_others() -> None:
+    engine = Engine(scheduler_with(max_running=1, max_queued=100))
+    engine.add(request_for([1], 50, tenant="many"))
+    engine.step()
+    with pytest.raises(QueueFull, match="50 of your requests are waiting, and what is left of the queue is for others"):
+        flood(engine, "many", 100, prompt=3, tokens=1)
+    flood(engine, "few", 25, prompt=3, tokens=1)
+    with pytest.raises(QueueFull, match="25 of your"):
+        flood(engine, "few", 1, prompt=3, tokens=1)
+    with pytest.raises(QueueFull, match=r"^100 requests are waiting"):
+        flood(engine, "", 100, prompt=3, tokens=1)  # on a server that asks nobody who they are, all may be one's
     engine.run()
 
 

@@ -112,7 +112,8 @@ class Scheduler:
     def refuse(self, request: Request, arriving: int = 0) -> None:
         """Raise what `add` would. `arriving` requests are on their way and count as waiting. Safe from any thread.
 
-        Requests that a free place is there for do not wait, though it takes a step to place them.
+        Requests that a free place is there for do not wait, though it takes a step to place them. A tenant may have at
+        most as many waiting as may then still wait of others.
 
         Raises:
             InvalidField: it can never run here.
@@ -120,8 +121,14 @@ class Scheduler:
         """
         self._refuse_impossible(request)
         waiting = len(self.waiting) + arriving
-        if waiting - max(0, self.max_running - self.n_running) >= self.max_queued:
+        left = self.max_queued - waiting + max(0, self.max_running - self.n_running)
+        if left <= 0:
             raise QueueFull(f"{waiting} requests are waiting, and no more may", RETRY_AFTER_SECONDS)
+        if request.tenant and 2 * left <= self.max_queued:
+            own = sum(sequence.request.tenant == request.tenant for sequence in self.waiting.copy())
+            if own >= left:
+                rule = f"{own} of your requests are waiting, and what is left of the queue is for others"
+                raise QueueFull(rule, RETRY_AFTER_SECONDS)
 
     def _refuse_impossible(self, request: Request) -> None:
         prompt, sampling = len(request.prompt), request.sampling

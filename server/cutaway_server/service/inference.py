@@ -57,7 +57,9 @@ class Inference(InferenceServicer):
         deadline = None if remaining is None else arrival + remaining
         limits = Limits(served.facts, self._max_prompt_bytes, self._max_backlog)
         call = current()
-        asked = await self._workers.run(partial(ask, request, served.text, limits, arrival, deadline, call.caller))
+        asked = await self._workers.run(
+            partial(ask, request, served.text, limits, arrival, deadline, call.caller), call.caller.tenant
+        )
         call.request_id = asked.request.request_id
         if self._log_prompts:
             log.info("request %s: prompt %r", call.request_id, served.text.decode(asked.request.prompt))
@@ -79,12 +81,13 @@ class Inference(InferenceServicer):
     async def Tokenize(self, request: v1.TokenizeRequest, context: Context) -> v1.TokenizeResponse:
         """Turn text into tokens."""
         text = self._ready().text
-        return await self._workers.run(partial(tokenize, request, text, self._max_prompt_bytes))
+        return await self._workers.run(partial(tokenize, request, text, self._max_prompt_bytes), _tenant())
 
     async def Detokenize(self, request: v1.DetokenizeRequest, context: Context) -> v1.DetokenizeResponse:
         """Turn tokens into text."""
         served = self._ready()
-        return await self._workers.run(partial(detokenize, request, served.text, served.facts.config.d_vocab))
+        work = partial(detokenize, request, served.text, served.facts.config.d_vocab)
+        return await self._workers.run(work, _tenant())
 
     async def GetModel(self, request: v1.GetModelRequest, context: Context) -> v1.GetModelResponse:
         """Tell what is served."""
@@ -95,3 +98,7 @@ class Inference(InferenceServicer):
         if self.served is None:
             raise Loading("the model is still being loaded")
         return self.served
+
+
+def _tenant() -> str:
+    return current().caller.tenant
