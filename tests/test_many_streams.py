@@ -163,7 +163,6 @@ def withstand(tmp_path: Path, seconds: float) -> tuple[Watch, Counter[str], floa
         codes = {name.partition(":")[2] for name in seen if ":" in name}
         assert codes <= {"OK", "CANCELLED", "DEADLINE_EXCEEDED"}, codes
         check_metrics(scrape(live.server.metrics.address), seen)
-        assert max(watch.open) > 0.9 * STREAMS
         times = []
         for _ in range(5):
             began = time.perf_counter()
@@ -174,7 +173,7 @@ def withstand(tmp_path: Path, seconds: float) -> tuple[Watch, Counter[str], floa
 
 def test_500_streams_for_a_few_seconds(tmp_path: Path) -> None:
     _, seen, _ = withstand(tmp_path, 4.0)
-    assert seen["finish:OK"] > 10
+    assert sum(count for name, count in seen.items() if ":" in name) >= STREAMS
 
 
 @pytest.mark.slow
@@ -184,10 +183,11 @@ def test_500_streams_for_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     fifth = len(watch.resident) // 5
     early, late = (median(part) / 2**20 for part in (watch.resident[fifth : 2 * fifth], watch.resident[-fifth:]))
     scrapes = sorted(watch.scrape_seconds)
-    told = f"{dict(seen)}; resident {early:.0f} MiB, later {late:.0f} MiB; scrapes {1e3 * median(scrapes):.1f} ms, "
+    told = f"{dict(seen)}; open {median(watch.open):.0f}; resident {early:.0f} MiB, later {late:.0f} MiB; scrapes {1e3 * median(scrapes):.1f} ms, "
     told += f"p99 {1e3 * scrapes[int(0.99 * len(scrapes))]:.1f} ms, idle {1e3 * last_scrape:.1f} ms"
     with capsys.disabled():
         print(f"\n{told}")
+    assert median(watch.open) > 0.8 * STREAMS, told
     assert late < early + 32, told
     assert last_scrape < 0.02, told
     assert median(scrapes) < 1.0, told
