@@ -134,7 +134,9 @@ def heavy_metadata(address: str) -> None:
 
 def long_prompts(address: str) -> None:
     with Client(address, retries=0) as client:
-        client.tokenize("x " * 2**19, timeout=20)
+        for ask in (client.tokenize, client.complete):
+            with suppress(CutawayError):
+                ask("x " * 2**19, timeout=20)
 
 
 def attacking(attack: Callable[[str], None], address: str, over: threading.Event) -> None:
