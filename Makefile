@@ -45,7 +45,7 @@ check: install  ## format, lint, types, arrows between rooms, wire, what is gene
 	$(BIN)/python deploy/grafana/generate.py --check
 	$(BIN)/python docs/generate.py --check
 
-dashboards: install  ## regenerate deploy/grafana/dashboards and docs/metrics.md
+dashboards: install  ## regenerate deploy/grafana/dashboards, docs/metrics.md and docs/options.md
 	$(BIN)/python deploy/grafana/generate.py
 	$(BIN)/python docs/generate.py
 

@@ -101,7 +101,8 @@ def test_the_image_says_what_it_is_and_runs_as_nobody_in_particular(engine: Engi
 def test_the_image_has_no_compiler_no_model_and_its_kernels(engine: Engine) -> None:
     look = (
         "command -v cc gcc; ls -A /models; "
-        "python3 -c 'import torch; from cutaway_server.kernels.library import load_library as l; print(l().supported())'"
+        "python3 -c 'import torch; from cutaway_server.kernels.library import load_library; "
+        "print(load_library().supported())'"
     )
     said = engine.docker(
         "run", "--rm", "--network=none", "--read-only", "--entrypoint=sh", "cutaway:0.1.0-cpu", "-c", look
