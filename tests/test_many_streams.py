@@ -183,8 +183,9 @@ def test_500_streams_for_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     fifth = len(watch.resident) // 5
     early, late = (median(part) / 2**20 for part in (watch.resident[fifth : 2 * fifth], watch.resident[-fifth:]))
     scrapes = sorted(watch.scrape_seconds)
-    told = f"{dict(seen)}; open {median(watch.open):.0f}; resident {early:.0f} MiB, later {late:.0f} MiB; scrapes {1e3 * median(scrapes):.1f} ms, "
-    told += f"p99 {1e3 * scrapes[int(0.99 * len(scrapes))]:.1f} ms, idle {1e3 * last_scrape:.1f} ms"
+    told = f"{dict(seen)}; open {median(watch.open):.0f}; resident {early:.0f} MiB, later {late:.0f} MiB; scrapes "
+    told += f"{1e3 * median(scrapes):.1f} ms, p99 {1e3 * scrapes[int(0.99 * len(scrapes))]:.1f} ms, "
+    told += f"idle {1e3 * last_scrape:.1f} ms"
     with capsys.disabled():
         print(f"\n{told}")
     assert median(watch.open) > 0.8 * STREAMS, told

@@ -17,8 +17,11 @@ import pytest
 from certificates import Authority
 from cutaway import Client, NotFound, PermissionDenied, QueueFull, Unauthenticated
 from cutaway.v1 import inference_pb2 as v1
+from cutaway_server import errors
 from cutaway_server.service.access import METHODS
+from cutaway_server.service.caller import Caller
 from cutaway_server.service.credentials import digest, new_key
+from cutaway_server.service.quotas import Quotas
 from google.protobuf.descriptor_pool import Default
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from secured import DENIED, EVERY_SCOPE, bearer, outcome, write_keys
@@ -220,7 +223,9 @@ def test_a_tenants_calls_are_counted_and_given_back_and_other_tenants_have_their
         streams = [a.generate("Hi", ignore_eos=True), b.generate("Hi", ignore_eos=True)]
         for stream in streams:
             next(stream)
-        with pytest.raises(QueueFull, match="tenant 'small' are open as may be: 2") as raised:
+        with pytest.raises(
+            QueueFull, match=r"^2 calls of tenant 'small' are open, 1 more are asked for, and 2 may be"
+        ) as raised:
             b.tokenize("Hi")
         assert raised.value.retry_after == 1.0
         assert c.complete("Hi", max_tokens=2, ignore_eos=True).usage.completion_tokens == 2
@@ -228,6 +233,23 @@ def test_a_tenants_calls_are_counted_and_given_back_and_other_tenants_have_their
             stream.close()
         assert eventually(live.is_clean)
         assert b.tokenize("Hi").ids
+
+
+def test_bytes_of_captures_are_held_for_a_tenant_and_given_back() -> None:
+    quotas = Quotas()
+    one, two = (Caller(name, "key", "t", frozenset(), max_capture_bytes=100) for name in ("one", "two"))
+    free = Caller("free", "key", "other", frozenset())
+    with quotas.captures(one, 70):
+        told = r"^70 bytes of captures are held for tenant 't', 31 more"
+        with pytest.raises(errors.QueueFull, match=told) as raised, quotas.captures(two, 31):
+            pass
+        assert raised.value.retry_after_seconds > 0
+        with quotas.captures(two, 30), quotas.captures(free, 10**12):
+            pass
+    with pytest.raises(ZeroDivisionError), quotas.captures(two, 100):
+        _ = 1 // 0
+    with quotas.captures(one, 100):
+        pass
 
 
 def test_a_key_of_more_priority_takes_a_place_and_who_had_it_goes_on_as_if_nothing_had_been(

@@ -27,6 +27,7 @@ class Caller:
     tenant: str
     scopes: frozenset[Scope]
     max_calls: int | None = None  # of its tenant at a time; None: any
+    max_capture_bytes: int | None = None  # that its tenant's requests hold at a time; None: any
     priority: int = 0  # of its requests; the higher, the sooner
     share: float = 1.0  # of its tenant in what is computed, beside those of others
 

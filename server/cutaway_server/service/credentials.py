@@ -65,6 +65,7 @@ class _Tenant(BaseModel):
     model_config = ConfigDict(extra="forbid")
     name: str = Field(pattern=f"^{NAME}$")
     max_calls: Annotated[int, Field(ge=1)] | None = None
+    max_capture_bytes: Annotated[int, Field(ge=0)] | None = None
     share: Annotated[float, Field(ge=0.01, le=100)] = 1.0
 
 
@@ -151,8 +152,16 @@ def read_credentials(path: Path) -> Credentials:
 
 def _caller(entry: _Key | _Certificate, proof: str, tenants: Mapping[str, _Tenant]) -> Caller:
     tenant = tenants.get(entry.tenant) or _Tenant(name=entry.tenant)
-    scopes = frozenset(entry.scopes)
-    return Caller(entry.name, proof, entry.tenant, scopes, tenant.max_calls, entry.priority, tenant.share)
+    return Caller(
+        entry.name,
+        proof,
+        entry.tenant,
+        frozenset(entry.scopes),
+        tenant.max_calls,
+        tenant.max_capture_bytes,
+        entry.priority,
+        tenant.share,
+    )
 
 
 def _refuse_twins(path: Path, kind: str, values: list[str], shown: str | None = None) -> None:

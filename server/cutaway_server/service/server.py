@@ -26,6 +26,7 @@ from cutaway_server.service.inference import Inference, Served
 from cutaway_server.service.methods import methods_of
 from cutaway_server.service.metrics import Metrics
 from cutaway_server.service.probes import probes
+from cutaway_server.service.quotas import Quotas
 from cutaway_server.service.reflection import Reflection
 from cutaway_server.service.tls import Certificates
 from cutaway_server.service.workers import Workers
@@ -62,8 +63,9 @@ class Server:
         self._credentials = CredentialStore(config.api_keys) if config.api_keys is not None else None
         self._tls = _tls(config)
         self._audit = AuditLog(config.audit_log) if config.audit_log is not None else None
+        self.quotas = Quotas()
         self._grpc = grpc.aio.server(
-            interceptors=[self.metrics.calls, Gate(self._credentials, self._audit)],
+            interceptors=[self.metrics.calls, Gate(self._credentials, self._audit, self.quotas)],
             options=bounds.options(config),
             maximum_concurrent_rpcs=bounds.most_calls(config),
         )
