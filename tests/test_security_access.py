@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from certificates import Authority
 from cutaway import Client, NotFound, PermissionDenied, QueueFull, Unauthenticated
 from cutaway.v1 import inference_pb2 as v1
 from cutaway_server import errors
-from cutaway_server.service.access import METHODS
+from cutaway_server.service.access import KNOWN, METHODS
 from cutaway_server.service.caller import Caller
 from cutaway_server.service.credentials import digest, new_key
 from cutaway_server.service.quotas import Quotas
@@ -86,6 +87,19 @@ def test_every_method_of_the_contract_has_a_scope_before_it_is_served() -> None:
     assert "/cutaway.v1.Inference/Generate" in methods
     assert methods <= set(METHODS), "service/access.py: which scope opens it?"
     assert all(METHODS[method] and METHODS[method] <= set(EVERY_SCOPE) for method in methods)
+
+
+def test_the_page_on_security_tells_what_each_scope_opens() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "security.md").read_text()
+    rows = dict(re.findall(r"^\| `?(\w+)`? \| (.*?) \|", page[page.index("## Scopes") :], re.MULTILINE))
+    for scope in ("any", *EVERY_SCOPE):
+        told = set(re.findall(r"`(\w+/\w+)`", rows[scope]))
+        opened = {
+            method.split(".")[-1]
+            for method, scopes in METHODS.items()
+            if (scopes == KNOWN if scope == "any" else scope in scopes < KNOWN)
+        }
+        assert told == opened, scope
 
 
 class WithKey(grpc.StreamStreamClientInterceptor):  # type: ignore[misc]
