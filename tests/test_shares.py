@@ -49,6 +49,7 @@ def test_a_short_question_does_not_wait_behind_another_tenants_queue() -> None:
 
 def test_a_tenant_that_fills_every_place_makes_way_up_to_its_share_and_no_further() -> None:
     engine = Engine(scheduler_with(capacity=4000, max_running=16, max_queued=1000))
+    flood(engine, "gone", 2, prompt=3, tokens=2)  # who has left has no share
     flood(engine, "many", 40, prompt=3, tokens=400)
     for _ in range(5):
         engine.step()
