@@ -60,7 +60,7 @@ a CPU no number ever depends on the rest of the batch, so `--batch-invariant` is
     ),
     Subject(
         "Memory",
-        ("kv-cache-memory", "memory-utilization", "max-context", "page-size", "prefix-caching"),
+        ("kv-cache-memory", "memory-utilization", "kv-dtype", "max-context", "page-size", "prefix-caching"),
         """The pool of pages is sized once, after the weights are loaded: `--memory-utilization` of what is free then
 (limits of containers count), or `--kv-cache-memory`, and never more than `--max-running` sequences of
 `--max-context` tokens can use. If not even one such sequence fits, the server says what is missing and does not

@@ -37,6 +37,7 @@ ALL_MAY = {
     "/grpc.health.v1.Health/Check",
     "/grpc.health.v1.Health/List",
     "/grpc.health.v1.Health/Watch",
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 }
 GENERATORS_MAY = {f"/cutaway.v1.Inference/{name}" for name in ("Generate", "Abort", "Tokenize", "Detokenize")}
@@ -170,7 +171,7 @@ def test_an_expired_or_foreign_certificate_or_none_opens_nothing(secured: Simple
 
 def test_a_method_that_is_not_served_is_unimplemented_for_who_is_known_only(secured: SimpleNamespace) -> None:
     with channel_of(secured) as channel:
-        for method in ("/cutaway.v1.Inference/Obey", "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"):
+        for method in ("/cutaway.v1.Inference/Obey", "/grpc.reflection.v2.ServerReflection/ServerReflectionInfo"):
             assert outcome(channel, method, bearer("cutaway_guess"))[0] is UNAUTHENTICATED
             assert outcome(channel, method, bearer(secured.keys["admin"]))[0] is grpc.StatusCode.UNIMPLEMENTED
 

@@ -231,6 +231,32 @@ def test_abort_ends_a_running_stream_with_abort(client: Any) -> None:
     assert raised.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+def test_abort_ends_a_request_whose_prompt_is_still_being_tokenised(client: Any, live: LiveServer) -> None:
+    workers, busy = live.server._workers, threading.Event()
+    for _ in range(2):  # as many as there are threads
+        asyncio.run_coroutine_threadsafe(workers.run(busy.wait), live.loop)
+    call = client.Generate(asking(PROMPT, n=2, ask_request_id="early"))
+    try:
+        assert eventually(lambda: workers._taken.total() == 3)
+        code, message = status(client.Generate(asking(PROMPT, ask_request_id="early")))
+        assert (code, "'early' is already running" in message) == (grpc.StatusCode.ALREADY_EXISTS, True)
+        client.Abort(v1.AbortRequest(request_id="early"))
+        client.Abort(v1.AbortRequest(request_id="early"))
+    finally:
+        busy.set()
+    responses = list(call)
+    assert kinds(responses) == ["started", "finished"]
+    assert responses[0].started.prompt_tokens == len(PROMPT)
+    reasons = [completion.finish_reason for completion in responses[1].finished.completions]
+    assert reasons == [v1.FINISH_REASON_ABORT] * 2
+    with pytest.raises(grpc.RpcError) as raised:
+        client.Abort(v1.AbortRequest(request_id="early"))
+    assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+    refused = client.Generate(asking([9999], ask_request_id="early"))
+    assert status(refused)[0] is grpc.StatusCode.INVALID_ARGUMENT
+    assert not live.server.desk._arriving, "a request that was refused keeps no name"
+
+
 def test_a_running_name_is_refused_and_free_again_afterwards(client: Any) -> None:
     call = client.Generate(asking(PROMPT, ask_request_id="mine"))
     next(call)

@@ -13,7 +13,7 @@ import grpc.aio
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from cutaway import replies, requests
-from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, seconds
+from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, check_address, seconds
 from cutaway.client import HEALTH_CHECK
 from cutaway.errors import Cancelled
 from cutaway.options import GenerateOptions, TokenizeOptions
@@ -127,7 +127,7 @@ class AsyncClient:
         timeout: float | None = None,
         retries: int = MAX_RETRIES,
     ) -> None:
-        self.address = address
+        self.address = check_address(address)
         self.timeout = timeout
         self._options = channel_options(address, retries, streams=True)
         self._security = security(address, api_key, tls, cert)

@@ -13,7 +13,7 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from cutaway import replies, requests
 from cutaway.attempts import Attempts
-from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, seconds
+from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, check_address, seconds
 from cutaway.interrupt import cancelling
 from cutaway.options import GenerateOptions, TokenizeOptions
 from cutaway.results import Answer, Detokenized, Health, Model, Token, Tokenized
@@ -104,6 +104,10 @@ class Client:
     authorities, `tls="ca.pem"` only those in that file. `cert=("cert.pem", "key.pem")` is shown to servers that ask
     for one. `timeout` is in seconds and holds for each call that names none; None waits for ever. `retries` is how
     often a call is tried again while nobody answers at the address. The network is first used by the first call.
+
+    Raises:
+        ValueError: `address` has no port, or another argument cannot be used; the message names it.
+        OSError: a file cannot be read.
     """
 
     def __init__(
@@ -116,7 +120,7 @@ class Client:
         timeout: float | None = None,
         retries: int = MAX_RETRIES,
     ) -> None:
-        self.address = address
+        self.address = check_address(address)
         self.timeout = timeout
         self._retries = retries
         proof = security(address, api_key, tls, cert)

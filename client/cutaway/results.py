@@ -56,6 +56,8 @@ class Started:
     kernels: str
     dtype: str
     seed: int
+    quantization: str = ""
+    kv_dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +192,10 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What requests must stay within."""
+    """What requests must stay within; 0 is what the server, an older one, does not tell.
+
+    `max_calls`: calls that you may have open at a time, by your credentials; None: no such limit.
+    """
 
     max_context: int
     max_running: int
@@ -200,6 +205,21 @@ class Limits:
     total_pages: int
     max_n: int
     max_logprobs: int
+    max_prompt_bytes: int
+    max_message_bytes: int
+    max_chat_messages: int
+    max_stops: int
+    max_stop_bytes: int
+    max_stop_token_ids: int
+    max_bad_words: int
+    max_bad_word_bytes: int
+    max_bad_word_tokens: int
+    max_logit_biases: int
+    max_detokenized: int
+    max_answer_bytes: int
+    max_backlog_bytes: int
+    max_streams: int
+    max_calls: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,13 +233,15 @@ class TextInfo:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What is served."""
+    """What is served, computed in `dtype`, with weights rounded to `quantization` and a cache that holds `kv_dtype`."""
 
     name: str
     model_hash: str
     server_version: str
     kernels: str
     dtype: str
+    quantization: str
+    kv_dtype: str
     device: str
     architecture: Architecture
     limits: Limits

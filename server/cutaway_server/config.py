@@ -119,6 +119,9 @@ class Config(BaseModel):
     max_context: Context | None = Field(
         None, description="Tokens of prompt and completion together. Default: the model's."
     )
+    kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"] = Field(
+        "auto", description="What the KV cache holds; auto: what --dtype is. int8 and fp8 are rounded, with scales."
+    )
     page_size: Annotated[int, AfterValidator(_check_page_size)] = Field(
         16, description="Tokens in a page of the KV cache: a power of two from 16 to 256."
     )

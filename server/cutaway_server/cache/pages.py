@@ -1,6 +1,7 @@
 """The tensors behind the blocks: keys and values of every layer, in pages.
 
-They are stored in the model's dtype, or in 8 bits (int8 or e4m3) with one fp32 scale for each vector of a head.
+They are stored as floats, as a rule in the model's dtype, or in 8 bits (int8 or e4m3) with one fp32 scale for each
+vector of a head.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from cutaway_server.architecture import ModelConfig
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # what 8 bits hold: stored with scales
+FORMATS = (torch.float32, torch.bfloat16, torch.float16, *LARGEST)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,10 @@ from cutaway_server.scheduler import Scheduler
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WIRE_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+KV_DTYPES = {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+WIRE_DTYPES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class EngineFacts:
     kernels: str
     dtype: str  # as safetensors names it
     quantization: str  # "none", "int8", "int4", "as-is: Q4_1, Q8_0"
+    kv_dtype: str  # of keys and values in the cache, likewise
     device: str
     max_context: int
     max_running: int
@@ -86,18 +90,19 @@ def build_engine(
         batch_invariant=config.batch_invariant,
     )  # fmt: skip
     del weights  # the kernels have them now, packed or as they were
-    pages = _pages(config, checkpoint.config, context, dtype, device)
+    kv_dtype = choose_kv_dtype(config.kv_dtype, dtype, kernels)
+    pages = _pages(config, checkpoint.config, context, kv_dtype, device)
     engine = _engine(config, kernels, pages, context)
     warm_up(engine)
     facts = EngineFacts(
-        checkpoint.config, model_hash, n_parameters, kernels.name, WIRE_DTYPES[dtype], quantized, device.type,
-        context, config.max_running, config.max_queued, config.max_batch_tokens, config.page_size, pages.n_pages - 1,
-        checkpoint.eos_token_ids, checkpoint.defaults,
+        checkpoint.config, model_hash, n_parameters, kernels.name, WIRE_DTYPES[dtype], quantized,
+        WIRE_DTYPES[kv_dtype], device.type, context, config.max_running, config.max_queued, config.max_batch_tokens,
+        config.page_size, pages.n_pages - 1, checkpoint.eos_token_ids, checkpoint.defaults,
     )  # fmt: skip
     log.info(
-        "%s: %d parameters in %s (quantised: %s) on %s, %s kernels, %d pages of %d tokens",
+        "%s: %d parameters in %s (quantised: %s) on %s, %s kernels, %d pages of %d tokens in %s",
         checkpoint.config.family, facts.n_parameters, facts.dtype, facts.quantization, facts.device,
-        facts.kernels, facts.total_pages, facts.page_size,
+        facts.kernels, facts.total_pages, facts.page_size, facts.kv_dtype,
     )  # fmt: skip
     return engine, facts
 
@@ -153,6 +158,19 @@ def choose_kernels(
     if name == "cpu":
         raise ModelError("--kernels cpu: the native library cannot be had here; the log says why")
     return ReferenceKernels(model, dequantised(weights, dtype, rounding), context)
+
+
+def choose_kv_dtype(name: str, dtype: torch.dtype, kernels: Kernels) -> torch.dtype:
+    """What pages hold, as asked for; auto is `dtype`, which the model is computed in.
+
+    Raises:
+        ModelError: the kernels cannot read that.
+    """
+    chosen = KV_DTYPES.get(name, dtype)
+    if chosen not in kernels.page_dtypes:
+        known = ", ".join(known for known, kind in KV_DTYPES.items() if kind in kernels.page_dtypes)
+        raise ModelError(f"--kv-dtype {name}: {kernels.name} kernels read {known} here")
+    return chosen
 
 
 def _cuda_kernels(

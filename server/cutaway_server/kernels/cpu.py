@@ -46,6 +46,8 @@ class CpuPlan(Plan):
 class CpuKernels:
     """The native library's operations for one model in bf16 or fp32."""
 
+    page_dtypes = PAGE_FORMATS
+
     def __init__(
         self, config: ModelConfig, weights: Weights, context: int, library: Library, variant: str | None = None,
         threads: int | None = None, *, consume: bool = False, dtype: torch.dtype | None = None,

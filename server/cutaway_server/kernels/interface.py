@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from cutaway_server.architecture import ModelConfig
@@ -20,6 +21,10 @@ class Kernels(Protocol):
 
     name: str
     config: ModelConfig
+
+    @property
+    def page_dtypes(self) -> tuple[torch.dtype, ...]:
+        """What pages may hold."""
 
     def plan(self, batch: Batch) -> Plan:
         """What all layers of one step share."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cutaway_server.architecture import ModelConfig
-from cutaway_server.cache.pages import Pages
+from cutaway_server.cache.pages import FORMATS, Pages
 from cutaway_server.kernels import attention
 from cutaway_server.kernels.batch import Batch
 from cutaway_server.kernels.linear import linear
@@ -65,6 +65,7 @@ class ReferenceKernels:
     """Plain torch on any device. See `interface.Kernels` for what each operation does."""
 
     name = "reference"
+    page_dtypes = FORMATS
 
     def __init__(self, config: ModelConfig, weights: Weights, context: int) -> None:
         """`context` is the longest position served (NTK scaling depends on it). No matrix may be quantised."""

@@ -27,7 +27,7 @@ Behaviour = Callable[[Any, Context], Awaitable[Any]]
 KNOWN = frozenset(Scope)  # any credential will do
 GENERATE = frozenset({Scope.GENERATE})
 HEALTH = "/grpc.health.v1.Health/"
-REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/"
+REFLECTION = "/grpc.reflection.{}.ServerReflection/ServerReflectionInfo"
 
 # One of the scopes is enough. What is served and not listed here is denied to all.
 METHODS: Mapping[str, frozenset[Scope]] = {
@@ -39,7 +39,8 @@ METHODS: Mapping[str, frozenset[Scope]] = {
     HEALTH + "Check": KNOWN,
     HEALTH + "List": KNOWN,
     HEALTH + "Watch": KNOWN,
-    REFLECTION + "ServerReflectionInfo": KNOWN,
+    REFLECTION.format("v1"): KNOWN,
+    REFLECTION.format("v1alpha"): KNOWN,
 }
 BEARER = "bearer "
 

@@ -6,7 +6,6 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from cutaway.v1 import inference_pb2 as v1
 
@@ -23,10 +22,10 @@ from cutaway_server.request import (
 from cutaway_server.service.caller import ANYBODY, Caller
 from cutaway_server.service.outbox import token_size
 from cutaway_server.service.reply import Asked
-from cutaway_server.service.texts import check_flags, encode_chat, encode_text, is_set, token_ids
+from cutaway_server.service.texts import check_flags, is_set, prompt_ids, token_ids
 from cutaway_server.service.tokens import sampling_options, wire_token
 from cutaway_server.text.stream import CompletionText, StreamDecoder, stop_texts
-from cutaway_server.text.tokenizer import LengthCheck, TextModel
+from cutaway_server.text.tokenizer import TextModel
 
 NAME = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -54,11 +53,10 @@ def ask(
         InvalidField: names the field, the value and the rule.
         Unsupported: the model has no chat template.
     """
-    name = _name(message.request_id)
     options = sampling_options(message.sampling).over(limits.facts.defaults)
-    prompt = _prompt(message, model, limits, partial(_check_length, options.max_tokens, limits.facts.max_context))
+    prompt = _prompt(message, model, limits)
     request = Request(
-        name,
+        name_of(message),
         prompt,
         _sampling(options, model, limits.facts, len(prompt)),
         arrival,
@@ -88,22 +86,26 @@ def _asked(request: Request, model: TextModel, limits: Limits, *, skip: bool, ec
     return Asked(request, skip, text, texts, echoed)
 
 
-def _name(asked: str) -> str:
+def name_of(message: v1.GenerateRequest) -> str:
+    """The request's name, or one that is picked.
+
+    Raises:
+        InvalidField: it cannot be a name.
+    """
+    asked = message.request_id
     if asked and not NAME.fullmatch(asked):
         raise InvalidField("request_id", asked, "must be at most 128 characters of [A-Za-z0-9._:-]")
     return asked or f"req-{secrets.token_hex(8)}"
 
 
-def _prompt(message: v1.GenerateRequest, model: TextModel, limits: Limits, check: LengthCheck) -> tuple[int, ...]:
+def _prompt(message: v1.GenerateRequest, model: TextModel, limits: Limits) -> tuple[int, ...]:
     ids: Sequence[int]
     check_flags(message)
     match message.WhichOneof("prompt"):
-        case "text":
-            ids = encode_text(message, model, limits.max_prompt_bytes, check)
+        case "text" | "chat":
+            ids = prompt_ids(message, model, limits.max_prompt_bytes, limits.facts.max_context)
         case "token_ids":
             ids = token_ids(message.token_ids, limits.facts.config.d_vocab, limits.facts.max_context)
-        case "chat":
-            ids = encode_chat(message.chat, model, limits.max_prompt_bytes, check)[1].ids
         case _:
             raise InvalidField("prompt", None, "one of text, token_ids and chat must be set")
     if not ids:
@@ -112,7 +114,7 @@ def _prompt(message: v1.GenerateRequest, model: TextModel, limits: Limits, check
 
 
 def _sampling(options: SamplingOptions, model: TextModel, facts: EngineFacts, prompt_length: int) -> SamplingParams:
-    _check_length(options.max_tokens, facts.max_context, prompt_length)
+    _check_length(prompt_length, options.max_tokens, facts.max_context)
     check_bad_words(options.bad_words)
     bad_words = tuple(
         spelling for i, word in enumerate(options.bad_words) for spelling in _spellings(f"[{i}]", word, model)
@@ -128,7 +130,7 @@ def _sampling(options: SamplingOptions, model: TextModel, facts: EngineFacts, pr
     )
 
 
-def _check_length(max_tokens: int | None, max_context: int, length: int) -> None:
+def _check_length(length: int, max_tokens: int | None, max_context: int) -> None:
     if length > max_context:
         raise InvalidField("prompt", f"{length} tokens", f"the context has {max_context}")
     if length == max_context and max_tokens is None:

@@ -16,10 +16,12 @@ MAKERS = {  # by whether requests, and responses, are streams
 }
 
 
-def methods_of(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler[bytes, Message]:
-    """The methods of `service`, each behind `answering`."""
+def methods_of(
+    service: ServiceDescriptor, servicer: object, name: str | None = None
+) -> grpc.GenericRpcHandler[bytes, Message]:
+    """The methods of `service`, each behind `answering`; called by `name`, where that is another."""
     handlers = {method.name: _handler(method, servicer) for method in service.methods}
-    return grpc.method_handlers_generic_handler(service.full_name, handlers)
+    return grpc.method_handlers_generic_handler(name or service.full_name, handlers)
 
 
 def _handler(method: MethodDescriptor, servicer: object) -> grpc.RpcMethodHandler[bytes, Message]:

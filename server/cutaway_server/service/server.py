@@ -11,7 +11,6 @@ from contextlib import contextmanager
 import grpc
 from cutaway.v1 import inference_pb2 as v1
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection_pb2
 
 from cutaway_server.config import Config
 from cutaway_server.engine.build import EngineFacts
@@ -27,7 +26,7 @@ from cutaway_server.service.methods import methods_of
 from cutaway_server.service.metrics import Metrics
 from cutaway_server.service.probes import probes
 from cutaway_server.service.quotas import Quotas
-from cutaway_server.service.reflection import Reflection
+from cutaway_server.service.reflection import V1, V1ALPHA, Reflection
 from cutaway_server.service.tls import Certificates
 from cutaway_server.service.workers import Workers
 from cutaway_server.text.tokenizer import TextModel
@@ -36,8 +35,6 @@ log = logging.getLogger(__name__)
 
 INFERENCE = v1.DESCRIPTOR.services_by_name["Inference"]
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
-REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
-SERVICES = (INFERENCE, HEALTH, REFLECTION)
 FAREWELL_SECONDS = 2.0  # for the last messages of streams that are over
 
 
@@ -69,9 +66,14 @@ class Server:
             options=bounds.options(config),
             maximum_concurrent_rpcs=bounds.most_calls(config),
         )
-        reflection = Reflection(service.full_name for service in SERVICES)
-        parts = zip(SERVICES, (self._inference, self._health, reflection), strict=True)
-        self._grpc.add_generic_rpc_handlers([methods_of(service, part) for service, part in parts])
+        reflection = Reflection([INFERENCE.full_name, HEALTH.full_name])
+        parts = [
+            methods_of(INFERENCE, self._inference),
+            methods_of(HEALTH, self._health),
+            methods_of(V1ALPHA, reflection),
+            methods_of(V1ALPHA, reflection, V1),
+        ]
+        self._grpc.add_generic_rpc_handlers(parts)
         self._probed: grpc.aio.Server | None = None
         self.health_address: str | None = None  # of --health-listen, with the port that was picked
 
@@ -103,7 +105,7 @@ class Server:
     async def serve(self, backend: Backend, facts: EngineFacts, text: TextModel) -> None:
         """Take requests from now on."""
         self.desk.connect(backend)
-        self._inference.served = Served(self._config.name, facts, text)
+        self._inference.served = Served(facts, text)
         await self._tell(serving=True)
 
     async def drain(self, *cuts: asyncio.Event) -> None:

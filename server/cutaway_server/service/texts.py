@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cutaway.v1 import inference_pb2 as v1
 
 from cutaway_server.errors import InvalidField
-from cutaway_server.text.tokenizer import ChatMessage, Encoded, LengthCheck, TextModel, WordMerges
+from cutaway_server.text.tokenizer import ChatMessage, Encoded, TextModel, WordMerges
 
 MAX_MESSAGES = 4096
 MAX_DETOKENIZED = 2**18
@@ -34,39 +34,62 @@ def check_flags(message: Input) -> None:
             raise InvalidField(flag, getattr(message, flag), f"is for a text, and must not be set with {kind}")
 
 
-def encode_text(message: v1.GenerateRequest, model: TextModel, max_bytes: int, check: LengthCheck) -> tuple[int, ...]:
-    """The ids of a message's plain text: of an empty one those that are added, which may be none.
+def encode_text(message: v1.TokenizeRequest, model: TextModel, max_bytes: int) -> Encoded:
+    """The tokens of a message's plain text: of an empty one those that are added, which may be none.
 
     Raises:
-        InvalidField: it is too long, by `max_bytes` or by what `check` says of the number of its tokens.
+        InvalidField: it is too long.
     """
     _check_size("text", len(message.text.encode()), max_bytes)
-    return model.encode_ids(message.text, **_flags(message), check=check)
+    return model.encode(
+        message.text,
+        add_special_tokens=is_set(message, "add_special_tokens", default=True),
+        parse_special_tokens=is_set(message, "parse_special_tokens", default=False),
+        check=_check_count,
+    )
 
 
-def encode_chat(chat: v1.Chat, model: TextModel, max_bytes: int, check: LengthCheck) -> tuple[str, Encoded]:
-    """A conversation as the template lays it out: the text, and its tokens, whose number `check` is told.
+def encode_chat(chat: v1.Chat, model: TextModel, max_bytes: int) -> tuple[str, Encoded]:
+    """A conversation as the template lays it out: the text, and its tokens.
 
     Raises:
         InvalidField: it is empty, or too long, or has too many turns, or the template refuses it.
         Unsupported: the model has no template.
     """
+    turns = _turns(chat, max_bytes)
+    return model.encode_chat(turns, add_generation_prompt=_prompted(chat), check=_check_count)
+
+
+def prompt_ids(message: v1.GenerateRequest, model: TextModel, max_bytes: int, most: int) -> tuple[int, ...]:
+    """The tokens of a request's text or conversation, which has at most `most`.
+
+    Raises:
+        InvalidField, Unsupported: as `encode_text` and `encode_chat`, or it plainly has more.
+    """
+    if message.HasField("chat"):
+        turns = _turns(message.chat, max_bytes)
+        return model.chat_prompt_ids(turns, most, add_generation_prompt=_prompted(message.chat))
+    _check_size("text", len(message.text.encode()), max_bytes)
+    return model.prompt_ids(
+        message.text,
+        most,
+        add_special_tokens=is_set(message, "add_special_tokens", default=True),
+        parse_special_tokens=is_set(message, "parse_special_tokens", default=False),
+    )
+
+
+def _turns(chat: v1.Chat, max_bytes: int) -> list[ChatMessage]:
     if not chat.messages:
         raise InvalidField("chat.messages", "0 messages", "must have at least one")
     if len(chat.messages) > MAX_MESSAGES:
         raise InvalidField("chat.messages", f"{len(chat.messages)} messages", f"at most {MAX_MESSAGES} are allowed")
     size = sum(len(turn.role.encode()) + len(turn.content.encode()) for turn in chat.messages)
     _check_size("chat.messages", size, max_bytes)
-    turns = [ChatMessage(turn.role, turn.content) for turn in chat.messages]
-    prompted = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
-    return model.encode_chat(turns, add_generation_prompt=prompted, check=check)
+    return [ChatMessage(turn.role, turn.content) for turn in chat.messages]
 
 
-def _flags(message: Input) -> dict[str, bool]:
-    return {
-        "add_special_tokens": is_set(message, "add_special_tokens", default=True),
-        "parse_special_tokens": is_set(message, "parse_special_tokens", default=False),
-    }
+def _prompted(chat: v1.Chat) -> bool:
+    return chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
 
 
 def _check_size(field: str, size: int, max_bytes: int) -> None:
@@ -100,10 +123,9 @@ def tokenize(message: v1.TokenizeRequest, model: TextModel, max_bytes: int) -> v
     check_flags(message)
     match message.WhichOneof("input"):
         case "text":
-            _check_size("text", len(message.text.encode()), max_bytes)
-            rendered, encoded = "", model.encode(message.text, **_flags(message), check=_check_count)
+            rendered, encoded = "", encode_text(message, model, max_bytes)
         case "chat":
-            rendered, encoded = encode_chat(message.chat, model, max_bytes, _check_count)
+            rendered, encoded = encode_chat(message.chat, model, max_bytes)
         case _:
             raise InvalidField("input", None, "one of text and chat must be set")
     answer = v1.TokenizeResponse(

@@ -8,13 +8,17 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
+from traceback import clear_frames
 from typing import Any, TypeVar
 
 from cutaway_server.errors import QueueFull
+from cutaway_server.kernels.memory import trim
 
 R = TypeVar("R")
 Task = tuple[Callable[[], Any], "Future[Any]"]
 RETRY_AFTER_SECONDS = 1.0
+LARGE_BYTES = 2**18  # of a message that takes a hundred times as much memory while it is turned into tokens
 
 
 class Workers:
@@ -31,8 +35,8 @@ class Workers:
         self._lock = threading.Lock()  # guards _waiting
         self._waiting: OrderedDict[str, deque[Task]] = OrderedDict()  # by tenant: the first has the next turn
 
-    async def run(self, function: Callable[[], R], tenant: str = "") -> R:
-        """The function's result.
+    async def run(self, function: Callable[[], R], size: int = 0, tenant: str = "") -> R:
+        """The function's result. `size`: bytes of the message that it works on.
 
         Raises:
             QueueFull: too many wait already.
@@ -43,7 +47,8 @@ class Workers:
         future: Future[R] = Future()
         future.add_done_callback(lambda _: self._count_down(loop, tenant))
         with self._lock:
-            self._waiting.setdefault(tenant, deque()).append((function, future))
+            task = function if size < LARGE_BYTES else partial(_trimming, function)
+            self._waiting.setdefault(tenant, deque()).append((task, future))
         self._executor.submit(self._run_next)
         return await asyncio.wrap_future(future)
 
@@ -89,3 +94,14 @@ class Workers:
         self._taken[tenant] -= 1
         if not self._taken[tenant]:
             del self._taken[tenant]
+
+
+def _trimming(function: Callable[[], R]) -> R:
+    """Run what takes much memory, which the allocator would keep afterwards."""
+    try:
+        return function()
+    except BaseException as error:
+        clear_frames(error.__traceback__)  # what the function was working on, until the garbage is next collected
+        raise
+    finally:
+        trim()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
 from tokenizers import Encoding, Tokenizer
 
 from cutaway_server.errors import EngineFailed, InvalidField, ModelError, Unsupported
-from cutaway_server.text.chat import ChatEncoder, ChatMessage
+from cutaway_server.text.bound import LengthBound, length_bound
+from cutaway_server.text.chat import ChatEncoder, ChatMessage, Layout
 from cutaway_server.text.directory import source_from_directory
 from cutaway_server.text.encoded import Encoded
 from cutaway_server.text.gguf_metadata import source_from_gguf
@@ -84,18 +86,20 @@ class TextModel:
         Raises:
             InvalidField: the text is not Unicode, or writes a special token that this tokenizer can't spell out.
         """
-        return self._encoded(text, self._encoding(text, add_special_tokens, parse_special_tokens, check))
+        check_unicode("text", text)
+        return self._encoded(text, self._read(text, check, add=add_special_tokens, parse=parse_special_tokens))
 
-    def encode_ids(
-        self,
-        text: str,
-        *,
-        add_special_tokens: bool = True,
-        parse_special_tokens: bool = False,
-        check: LengthCheck | None = None,
+    def prompt_ids(
+        self, text: str, most: int, *, add_special_tokens: bool = True, parse_special_tokens: bool = False
     ) -> tuple[int, ...]:
-        """The ids of `encode` alone, for much less work."""
-        return tuple(self._encoding(text, add_special_tokens, parse_special_tokens, check).ids)
+        """The ids of `encode` alone, in half the time; a text that plainly has more than `most` is not tokenised.
+
+        Raises:
+            InvalidField: as `encode`, or it has more.
+        """
+        check_unicode("text", text)
+        check = self._check_fits(text, most)
+        return tuple(self._read(text, check, add=add_special_tokens, parse=parse_special_tokens).ids)
 
     def encode_chat(
         self,
@@ -113,26 +117,68 @@ class TextModel:
             InvalidField: the template refuses the conversation, or a message is not Unicode.
             Unsupported: there is no chat template, or it is broken, or it exceeds its limits.
         """
+        rendered, layout = self._laid_out(messages, add_generation_prompt=add_generation_prompt)
+        if layout is None:
+            return rendered, self._encoded(rendered, self._read(rendered, check, add=False, parse=True))
+        encoding, origin = self._read(layout.text, check, add=False, parse=False), layout.origin
+        tokens = layout.restored(encoding.ids)
+
+        def characters() -> list[tuple[int, int]]:
+            return [(origin[start], origin[end]) for start, end in _characters(encoding)]
+
+        return rendered, self._with_spans(rendered, tokens, characters, list(encoding.word_ids))
+
+    def chat_prompt_ids(
+        self, messages: Sequence[ChatMessage], most: int, *, add_generation_prompt: bool = True
+    ) -> tuple[int, ...]:
+        """The ids of `encode_chat` alone; a conversation that plainly has more than `most` is not tokenised.
+
+        Raises:
+            InvalidField, Unsupported: as `encode_chat`, or it has more.
+        """
+        rendered, layout = self._laid_out(messages, add_generation_prompt=add_generation_prompt)
+        check = self._check_fits(rendered, most)
+        if layout is None:
+            return tuple(self._read(rendered, check, add=False, parse=True).ids)
+        return tuple(layout.restored(self._read(layout.text, check, add=False, parse=False).ids))
+
+    def _laid_out(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> tuple[str, Layout | None]:
+        """The text of a conversation; and its layout, if a message could be read as a special token."""
         for number, message in enumerate(messages):
             check_unicode(f"chat.messages[{number}].content", message.content)
         shielded = self._chat.shielded(messages)
         rendered = self._template.render(shielded, add_generation_prompt=add_generation_prompt)
         if shielded == list(messages):
-            encoding = _tokens(self._reading, rendered, add_special_tokens=False)
-            _run(check, encoding)
-            return rendered, self._encoded(rendered, encoding)
+            return rendered, None
         layout = self._chat.layout(rendered)
-        encoding = _tokens(self._literal, layout.text, add_special_tokens=False)
-        _run(check, encoding)
-        self._check_spelled_out(encoding)
-        tokens = layout.restored(encoding.ids)
-        words = list(encoding.word_ids)
-        return layout.rendered, self._with_spans(
-            layout.rendered,
-            tokens,
-            lambda: [(layout.origin[start], layout.origin[end]) for start, end in _characters(encoding)],
-            words,
-        )
+        return layout.rendered, layout
+
+    def _read(self, text: str, check: LengthCheck | None, *, add: bool, parse: bool) -> Encoding:
+        encoding = _tokens(self._reading if parse else self._literal, text, add_special_tokens=add)
+        if check is not None:
+            check(len(encoding))
+        if not parse:
+            self._check_spelled_out(encoding)
+        return encoding
+
+    def least_tokens(self, text: str) -> int:
+        """No fewer tokens than this has `text`; quick to tell, and 0 where nothing can be told."""
+        return 0 if self._bound is None else self._bound.least_tokens(text)
+
+    @cached_property
+    def _bound(self) -> LengthBound | None:
+        return length_bound(self._reading, self.spelling, map(self.token_bytes, range(self.vocab_size)))
+
+    def _check_fits(self, text: str, most: int) -> LengthCheck:
+        """Refuse what plainly has too many tokens: before it is tokenised, and, by what is returned, after it."""
+        if len(text) > most and (least := self.least_tokens(text)) > most:
+            raise InvalidField("prompt", f"at least {least} tokens", f"the context has {most}")
+
+        def check(count: int) -> None:
+            if count > most:
+                raise InvalidField("prompt", f"{count} tokens", f"the context has {most}")
+
+        return check
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Turn token ids into text. Bytes that are not UTF-8 become U+FFFD; ids without a token stand for nothing."""
@@ -195,14 +241,6 @@ class TextModel:
         if len(pieces) == 1:  # a whole word of the vocabulary that no merges lead to
             return WordMerges(tuple(pieces), ())
         raise EngineFailed(f"merge steps lead to {word.pieces}, not to {pieces}")
-
-    def _encoding(self, text: str, add: bool, parse: bool, check: LengthCheck | None) -> Encoding:
-        check_unicode("text", text)
-        encoding = _tokens(self._reading if parse else self._literal, text, add_special_tokens=add)
-        _run(check, encoding)
-        if not parse:
-            self._check_spelled_out(encoding)
-        return encoding
 
     def _encoded(self, text: str, encoding: Encoding) -> Encoded:
         words = [
@@ -271,11 +309,6 @@ def literal_twin(tokenizer: Tokenizer) -> Tokenizer:
 def _tokens(backend: Tokenizer, text: str, *, add_special_tokens: bool) -> Encoding:
     """One text's tokens. `encode` would hold the interpreter's lock all the while; a batch of one does not."""
     return backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
-
-
-def _run(check: LengthCheck | None, encoding: Encoding) -> None:
-    if check is not None:
-        check(len(encoding))
 
 
 def _characters(encoding: Encoding) -> list[tuple[int, int]]:

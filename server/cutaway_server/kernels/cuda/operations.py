@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cutaway_server.architecture import ModelConfig
-from cutaway_server.cache.pages import Pages
+from cutaway_server.cache.pages import LARGEST, Pages
 from cutaway_server.kernels import attention
 from cutaway_server.kernels.batch import Batch
 from cutaway_server.kernels.cuda.activation import activation
@@ -44,6 +44,12 @@ class CudaKernels:
         self.dtype = _dtype(weights)
         self.frequencies = all_frequencies(config, context, weights.device)
         self._product: Callable[[Tensor, Tensor], Tensor] = matmul if batch_invariant else F.linear
+
+    @property
+    def page_dtypes(self) -> tuple[torch.dtype, ...]:
+        """What pages may hold."""
+        scaled = LARGEST if _converts_fp8(self.weights.device) else (torch.int8,)
+        return (self.dtype, *scaled)
 
     def plan(self, batch: Batch) -> CudaPlan:
         """What all layers of one step share. A batch that is still on the host costs one copy and no waiting."""
@@ -194,6 +200,11 @@ def _dtype(weights: Weights) -> torch.dtype:
     dtype = served_dtype(weights)
     assert dtype in DTYPES
     return dtype
+
+
+def _converts_fp8(device: torch.device) -> bool:
+    """Whether Triton compiles conversions of e4m3 for it: from Ada and Hopper on, and in the interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _emitted(step: AddNorm) -> Tensor:
