@@ -215,7 +215,7 @@ class RequestState:
     preemptions: int
     age: float  # seconds since it arrived
     since_end: float | None  # seconds since it ended; None: it has not
-    ahead: int  # sequences that wait before it, if it waits
+    ahead: int  # sequences of the tenant that wait before it, if it waits
     completions: tuple[CompletionState, ...]
     prompt: tuple[int, ...]  # where it may be told
 
@@ -234,7 +234,8 @@ class RequestsState:
 def requests_state(engine: Engine, tenant: str, *, tokens: bool) -> RequestsState:
     """Describe a tenant's requests; `tokens`: tell which tokens they have, too."""
     now, scheduler = time.monotonic(), engine.scheduler
-    ahead = {sequence: place for place, sequence in enumerate(scheduler.waiting)}
+    waiting = [sequence for sequence in scheduler.waiting if sequence.owner.tenant == tenant]
+    ahead = {sequence: place for place, sequence in enumerate(waiting)}
     ended = [_ended(run, now, tokens) for run in engine.retained.of(tenant, now)]
     own = [live for live in engine.live.values() if live.request.tenant == tenant]
     return RequestsState(

@@ -19,6 +19,7 @@ from cutaway_server.service.asking import Limits, ask, name_of
 from cutaway_server.service.caller import Caller, Scope, current
 from cutaway_server.service.describing import started
 from cutaway_server.service.desk import Desk
+from cutaway_server.service.quotas import Quotas
 from cutaway_server.service.reply import Asked, Reply
 from cutaway_server.service.status import Context, Loading, PermissionDenied
 from cutaway_server.service.workers import Workers
@@ -40,10 +41,11 @@ class Served:
 class Generation:
     """Computes requests. `served` is set when the model is ready; until then calls are UNAVAILABLE."""
 
-    def __init__(self, desk: Desk, workers: Workers, config: Config) -> None:
+    def __init__(self, desk: Desk, workers: Workers, quotas: Quotas, config: Config) -> None:
         self.served: Served | None = None
         self._desk = desk
         self._workers = workers
+        self._quotas = quotas
         self._config = config
         self._held = 0  # bytes that captures of requests at work may come to
 
@@ -72,10 +74,8 @@ class Generation:
         """
         served, call = self.ready(), current()
         check_scopes(request, call.caller)
-        work = partial(
-            ask, request, served.text, limits or self.limits(), time.monotonic(), deadline, call.caller.tenant
-        )
-        return await self._workers.run(work, request.ByteSize())
+        work = partial(ask, request, served.text, limits or self.limits(), time.monotonic(), deadline, call.caller)
+        return await self._workers.run(work, request.ByteSize(), call.caller.tenant)
 
     # Writing to the context, rather than yielding, lets a cancelled call clean up at once.
     async def stream(
@@ -107,7 +107,8 @@ class Generation:
             raise QueueFull(f"captures: {size} bytes more are too many: {rule}", RETRY_AFTER_SECONDS)
         self._held += size
         try:
-            yield
+            with self._quotas.captures(current().caller, size):
+                yield
         finally:
             self._held -= size
 
