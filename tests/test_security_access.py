@@ -42,7 +42,22 @@ ALL_MAY = {
 }
 GENERATORS_MAY = {f"/cutaway.v1.Inference/{name}" for name in ("Generate", "Abort", "Tokenize", "Detokenize")}
 LOW = new_key()
-METHODS_BY_HAND = sorted(ALL_MAY | GENERATORS_MAY)
+INTROSPECTION = "/cutaway.v1.Introspection/"
+OBSERVERS_MAY = {
+    INTROSPECTION + name for name in ("GetCacheStats", "GetBlocks", "WatchCache", "WatchSteps", "ListRequests")
+}
+LOOKERS_MAY = {
+    INTROSPECTION + name
+    for name in ("ListPoints", "Trace", "GetHiddenStates", "GetAttention", "LogitLens", "Estimate", "ReadCache")
+}
+MAY = {
+    **dict.fromkeys(ALL_MAY, EVERY_SCOPE),
+    **dict.fromkeys(GENERATORS_MAY, ("generate",)),
+    **dict.fromkeys(OBSERVERS_MAY, ("observe",)),
+    INTROSPECTION + "PredictCacheHit": ("generate", "observe"),
+    **dict.fromkeys(LOOKERS_MAY, ("introspect",)),
+}
+METHODS_BY_HAND = sorted(MAY)
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +132,11 @@ def test_a_scope_opens_its_methods_and_no_others(secured: SimpleNamespace, scope
         for method in METHODS_BY_HAND:
             message = GENERATE if method.endswith("/Generate") else b""
             code, details = outcome(channel, method, bearer(secured.keys[scope]), message)
-            may = method in ALL_MAY or (method in GENERATORS_MAY and scope == "generate")
+            may = scope in MAY[method]
             assert (code not in DENIED) == may, (method, code)
             if not may:
                 assert code is PERMISSION_DENIED
-                assert details == f"{method} asks for scope generate, and {scope!r} has {scope}"
+                assert details == f"{method} asks for scope {' or '.join(MAY[method])}, and {scope!r} has {scope}"
 
 
 def test_who_is_not_known_may_call_nothing(secured: SimpleNamespace) -> None:

@@ -109,12 +109,13 @@ def test_the_model_is_described(client: Any, live: LiveServer, tiny: tuple[Path,
 def test_health_is_told_for_the_server_and_the_service(live: LiveServer) -> None:
     with grpc.insecure_channel(live.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        for name in ("", "cutaway.v1.Inference"):
+        for name in ("", "cutaway.v1.Inference", "cutaway.v1.Introspection"):
             assert health.Check(health_pb2.HealthCheckRequest(service=name)).status == 1  # SERVING
         with pytest.raises(grpc.RpcError) as raised:
             health.Check(health_pb2.HealthCheckRequest(service="nobody"))
         assert raised.value.code() is grpc.StatusCode.NOT_FOUND
-        assert raised.value.details() == "service: 'nobody' is not served; there are '', 'cutaway.v1.Inference'"
+        known = "'', 'cutaway.v1.Inference', 'cutaway.v1.Introspection'"
+        assert raised.value.details() == f"service: 'nobody' is not served; there are {known}"
 
 
 def test_reflection_lists_the_services_and_hands_out_the_contract(live: LiveServer) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cutaway.options import Sampling
+
+if TYPE_CHECKING:
+    from cutaway.arrays import Array
 
 FinishReason = Literal["stop", "length", "abort", "unspecified"]
 
@@ -32,6 +36,9 @@ class Token:
     top_logprobs: tuple[TopLogprob, ...]
     index: int
     step: int
+    captures: Mapping[str, Array] = field(
+        default_factory=dict, compare=False
+    )  # what led to it: rows since the token before
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,3 +263,40 @@ class Health(Enum):
     SERVING = 1
     NOT_SERVING = 2
     SERVICE_UNKNOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A place in the network that has a name: {i} in `name` is the layer. 0 in `shape` grows with the text."""
+
+    name: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    readable: bool
+    writable: bool
+    cost: str  # "copy", "open", "context", "matrix": what reading it adds to a step
+    bytes_per_position: int
+    aliases: tuple[str, ...]
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a request would send, at most, in bytes, and why it would be refused (empty: it would not)."""
+
+    bytes: int
+    capture_bytes: tuple[int, ...]
+    max_bytes: int
+    open_layers: int
+    refusal: str
+
+
+@dataclass(frozen=True, slots=True)
+class LensResult:
+    """What the model would say if it ended after each layer: axes [layer, pos, top] and [layer, pos, token]."""
+
+    tokens: Array | None  # the likeliest, likeliest first
+    logprobs: Array | None
+    given_logprobs: Array | None  # of the tokens that were named
+    given_ranks: Array | None  # 0 is the likeliest

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 
+from cutaway_server.captures import Capture, Captured
+from cutaway_server.edits import NO_EDITS, Edits
 from cutaway_server.errors import CutawayError, InvalidField
 
 MAX_N = 128
@@ -217,8 +219,20 @@ class Request:
     deadline: float | None = None
     tenant: str = ""
     prefix_caching: bool = True
+    captures: tuple[Capture, ...] = ()
+    edits: Edits = NO_EDITS
     priority: int = 0
     share: float = 1.0
+
+    @property
+    def probed(self) -> bool:
+        """Whether somebody looks inside, or changes what is there."""
+        return bool(self.captures) or self.edits is not NO_EDITS
+
+    def first_captured(self, start: int) -> int | None:
+        """The first position from `start` on that is to be looked at."""
+        found = [first for capture in self.captures if (first := capture.rows.first(start)) is not None]
+        return min(found, default=None)
 
 
 class FinishReason(Enum):
@@ -296,4 +310,4 @@ class RequestFailed:
     error: CutawayError
 
 
-Event = Started | PromptScored | Sampled | CompletionEnded | RequestEnded | RequestFailed
+Event = Started | PromptScored | Captured | Sampled | CompletionEnded | RequestEnded | RequestFailed

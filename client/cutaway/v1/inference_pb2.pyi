@@ -4,6 +4,9 @@ isort:skip_file
 The contract of Cutaway's main job: text in, tokens out, as they are made."""
 
 from collections import abc as _abc
+from cutaway.v1 import capture_pb2 as _capture_pb2
+from cutaway.v1 import edit_pb2 as _edit_pb2
+from cutaway.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -63,6 +66,9 @@ class GenerateRequest(_message.Message):
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     ECHO_FIELD_NUMBER: _builtins.int
     PREFIX_CACHING_FIELD_NUMBER: _builtins.int
+    CAPTURES_FIELD_NUMBER: _builtins.int
+    MAX_CAPTURE_BYTES_FIELD_NUMBER: _builtins.int
+    EDITS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Name of this request for Abort and logs, at most 128 characters of [A-Za-z0-9._:-]; empty: the server picks one.
     A name that is already running is refused with ALREADY_EXISTS.
@@ -79,6 +85,8 @@ class GenerateRequest(_message.Message):
     """Send the prompt's tokens and text as the first delta of every completion. Unset: false."""
     prefix_caching: _builtins.bool
     """Let this request read and feed the prefix cache. Unset: true."""
+    max_capture_bytes: _builtins.int
+    """Refuse the request if its tensors could be more bytes than this. Unset: the server's limit decides."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Tokens, used as they are: nothing is added."""
@@ -90,6 +98,18 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def sampling(self) -> Global___SamplingParams:
         """How tokens are chosen, and when to stop."""
+
+    @_builtins.property
+    def captures(self) -> _containers.RepeatedCompositeFieldContainer[_capture_pb2.Capture]:
+        """Inner values to send as they are computed, between the tokens, in the order of the engine's steps; at most 64. Asks
+        for the scope `introspect`.
+        """
+
+    @_builtins.property
+    def edits(self) -> _containers.RepeatedCompositeFieldContainer[_edit_pb2.Edit]:
+        """Changes of inner values as they are computed, at most 16, made in this order at each point. Asks for the scope
+        `edit`. The prefix cache keeps edited positions, and what follows them, apart.
+        """
 
     def __init__(
         self,
@@ -104,15 +124,20 @@ class GenerateRequest(_message.Message):
         skip_special_tokens: _builtins.bool | None = ...,
         echo: _builtins.bool | None = ...,
         prefix_caching: _builtins.bool | None = ...,
+        captures: _abc.Iterable[_capture_pb2.Capture] | None = ...,
+        max_capture_bytes: _builtins.int | None = ...,
+        edits: _abc.Iterable[_edit_pb2.Edit] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_echo", b"_echo", "_parse_special_tokens", b"_parse_special_tokens", "_prefix_caching", b"_prefix_caching", "_skip_special_tokens", b"_skip_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "echo", b"echo", "parse_special_tokens", b"parse_special_tokens", "prefix_caching", b"prefix_caching", "prompt", b"prompt", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_echo", b"_echo", "_max_capture_bytes", b"_max_capture_bytes", "_parse_special_tokens", b"_parse_special_tokens", "_prefix_caching", b"_prefix_caching", "_skip_special_tokens", b"_skip_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "echo", b"echo", "max_capture_bytes", b"max_capture_bytes", "parse_special_tokens", b"parse_special_tokens", "prefix_caching", b"prefix_caching", "prompt", b"prompt", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_echo", b"_echo", "_parse_special_tokens", b"_parse_special_tokens", "_prefix_caching", b"_prefix_caching", "_skip_special_tokens", b"_skip_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "echo", b"echo", "parse_special_tokens", b"parse_special_tokens", "prefix_caching", b"prefix_caching", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_echo", b"_echo", "_max_capture_bytes", b"_max_capture_bytes", "_parse_special_tokens", b"_parse_special_tokens", "_prefix_caching", b"_prefix_caching", "_skip_special_tokens", b"_skip_special_tokens", "add_special_tokens", b"add_special_tokens", "captures", b"captures", "chat", b"chat", "echo", b"echo", "edits", b"edits", "max_capture_bytes", b"max_capture_bytes", "parse_special_tokens", b"parse_special_tokens", "prefix_caching", b"prefix_caching", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
     _WhichOneofReturnType__echo: _TypeAlias = _typing.Literal["echo"]  # noqa: Y015
     _WhichOneofArgType__echo: _TypeAlias = _typing.Literal["_echo", b"_echo"]  # noqa: Y015
+    _WhichOneofReturnType__max_capture_bytes: _TypeAlias = _typing.Literal["max_capture_bytes"]  # noqa: Y015
+    _WhichOneofArgType__max_capture_bytes: _TypeAlias = _typing.Literal["_max_capture_bytes", b"_max_capture_bytes"]  # noqa: Y015
     _WhichOneofReturnType__parse_special_tokens: _TypeAlias = _typing.Literal["parse_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__parse_special_tokens: _TypeAlias = _typing.Literal["_parse_special_tokens", b"_parse_special_tokens"]  # noqa: Y015
     _WhichOneofReturnType__prefix_caching: _TypeAlias = _typing.Literal["prefix_caching"]  # noqa: Y015
@@ -125,6 +150,8 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__add_special_tokens) -> _WhichOneofReturnType__add_special_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__echo) -> _WhichOneofReturnType__echo | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_capture_bytes) -> _WhichOneofReturnType__max_capture_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__parse_special_tokens) -> _WhichOneofReturnType__parse_special_tokens | None: ...
     @_typing.overload
@@ -414,6 +441,8 @@ class GenerateResponse(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    TENSOR_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> Global___Started:
         """The first message."""
@@ -430,6 +459,14 @@ class GenerateResponse(_message.Message):
     def finished(self) -> Global___Finished:
         """The last message."""
 
+    @_builtins.property
+    def tensor(self) -> _tensor_pb2.TensorHeader:
+        """A captured tensor: what it is. It comes before the token that its rows led to."""
+
+    @_builtins.property
+    def chunk(self) -> _tensor_pb2.TensorChunk:
+        """A captured tensor's bytes."""
+
     def __init__(
         self,
         *,
@@ -437,12 +474,14 @@ class GenerateResponse(_message.Message):
         prompt_logprobs: Global___PromptLogprobs | None = ...,
         delta: Global___Delta | None = ...,
         finished: Global___Finished | None = ...,
+        tensor: _tensor_pb2.TensorHeader | None = ...,
+        chunk: _tensor_pb2.TensorChunk | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "prompt_logprobs", b"prompt_logprobs", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "delta", b"delta", "event", b"event", "finished", b"finished", "prompt_logprobs", b"prompt_logprobs", "started", b"started", "tensor", b"tensor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "prompt_logprobs", b"prompt_logprobs", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "delta", b"delta", "event", b"event", "finished", b"finished", "prompt_logprobs", b"prompt_logprobs", "started", b"started", "tensor", b"tensor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "prompt_logprobs", "delta", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "prompt_logprobs", "delta", "finished", "tensor", "chunk"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

@@ -22,11 +22,12 @@ from cutaway_server.engine.engine import Engine
 from cutaway_server.engine.memory import available_bytes, count_pages
 from cutaway_server.engine.observed import Observed
 from cutaway_server.engine.quantize import AS_IS, check_quantize, quantization, rounding_of
+from cutaway_server.engine.retained import Retained
 from cutaway_server.errors import ModelError
 from cutaway_server.kernels.cpu import DTYPES as CPU_DTYPES
 from cutaway_server.kernels.cpu import CpuKernels
 from cutaway_server.kernels.dequantise import dequantised
-from cutaway_server.kernels.interface import Kernels
+from cutaway_server.kernels.interface import OpenKernels
 from cutaway_server.kernels.library import load_library
 from cutaway_server.kernels.reference import ReferenceKernels
 from cutaway_server.kernels.rounding import NO_ROUNDING, Rounding
@@ -94,6 +95,7 @@ def build_engine(
     pages = _pages(config, checkpoint.config, context, kv_dtype, device)
     engine = _engine(config, kernels, pages, context)
     warm_up(engine)
+    engine.retained = Retained(engine.scheduler.pool, pages.page_bytes, config.retain_bytes, config.retain_seconds)
     facts = EngineFacts(
         checkpoint.config, model_hash, n_parameters, kernels.name, WIRE_DTYPES[dtype], quantized,
         WIRE_DTYPES[kv_dtype], device.type, context, config.max_running, config.max_queued, config.max_batch_tokens,
@@ -133,7 +135,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def choose_kernels(
     name: str, model: ModelConfig, weights: Weights, context: int, dtype: torch.dtype | None = None,
     rounding: Rounding = NO_ROUNDING, *, batch_invariant: bool = False,
-) -> Kernels:  # fmt: skip
+) -> OpenKernels:  # fmt: skip
     """The operations asked for; auto takes the fastest that run. They take the weights over.
 
     `dtype` is what weights that are all quantised are computed beside; `rounding` is what becomes of float ones.
@@ -160,7 +162,7 @@ def choose_kernels(
     return ReferenceKernels(model, dequantised(weights, dtype, rounding), context)
 
 
-def choose_kv_dtype(name: str, dtype: torch.dtype, kernels: Kernels) -> torch.dtype:
+def choose_kv_dtype(name: str, dtype: torch.dtype, kernels: OpenKernels) -> torch.dtype:
     """What pages hold, as asked for; auto is `dtype`, which the model is computed in.
 
     Raises:
@@ -175,7 +177,7 @@ def choose_kv_dtype(name: str, dtype: torch.dtype, kernels: Kernels) -> torch.dt
 
 def _cuda_kernels(
     name: str, model: ModelConfig, weights: Weights, context: int, *, batch_invariant: bool
-) -> Kernels | None:
+) -> OpenKernels | None:
     """The Triton kernels; None, after a warning, if there is no Triton and nobody insists on it."""
     try:
         from cutaway_server.kernels.cuda.operations import CudaKernels
@@ -190,7 +192,7 @@ def _cuda_kernels(
     return CudaKernels(model, weights, context, batch_invariant=batch_invariant)
 
 
-def _engine(config: Config, kernels: Kernels, pages: Pages, context: int) -> Engine:
+def _engine(config: Config, kernels: OpenKernels, pages: Pages, context: int) -> Engine:
     """The engine for these kernels: one that runs ahead of the host where steps can be recorded."""
     device, scheduler = pages.keys.device, _scheduler(config, pages, context)
     if device.type != "cuda" or isinstance(kernels, ReferenceKernels):
