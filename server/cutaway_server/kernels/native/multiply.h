@@ -19,6 +19,12 @@ enum { MOST_ROWS = 6, VECTORS = 2 };
 #else
 enum { MOST_ROWS = 2, VECTORS = 4 };
 #endif
+#ifndef AHEAD
+#define AHEAD 256
+#endif
+#ifndef HINT
+#define HINT 3
+#endif
 enum { TILE = 32, ROWS_AT_ONCE = 32 };
 
 /* Where vector `v` of column `c` starts: blocks of 16 columns lie `block` elements apart. */
@@ -163,14 +169,24 @@ static void start_tiles(void) {
 
 static void stop_tiles(void) { _tile_release(); }
 
+/* Asks for one step's two tiles of weights, AHEAD before their use; past its end a matrix goes on with its next columns. */
+INLINE void fetch_ahead(const uint16_t *w, int64_t block, int64_t k, int64_t depth) {
+    int64_t later = k + AHEAD;
+    const uint16_t *p = w + (later < depth ? later : later - depth + 2 * block / 16) * 16;
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) __builtin_prefetch(p + i * 32, 0, HINT), __builtin_prefetch(p + block + i * 32, 0, HINT);
+}
+
+/* `first`: nobody has read these columns yet. */
 static void tile_bf16(
-    const Narrow *x, int64_t step, int64_t rows, const uint16_t *w, int64_t block, int64_t depth, float *out) {
+    const Narrow *x, int64_t step, int64_t rows, const uint16_t *w, int64_t block, int64_t depth, float *out, int first) {
     const int64_t wide = step * sizeof(Narrow), two = rows > 16;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < depth; k += 32) {
+        if (first && AHEAD) fetch_ahead(w, block, k, depth);
         _tile_loadd(4, x + k, wide);
         _tile_loadd(6, w + k * 16, 64);
         _tile_loadd(7, w + block + k * 16, 64);
@@ -193,7 +209,8 @@ static void start_tiles(void) {}
 static void stop_tiles(void) {}
 
 static void tile_bf16(
-    const Narrow *x, int64_t step, int64_t rows, const uint16_t *w, int64_t block, int64_t depth, float *out) {
+    const Narrow *x, int64_t step, int64_t rows, const uint16_t *w, int64_t block, int64_t depth, float *out, int first) {
+    (void)first;
     for (int64_t r = 0, n; r < rows; r += n) {
         n = next_rows(rows - r);
         for (int64_t c = 0; c < TILE; c += VECTORS * LANES) {

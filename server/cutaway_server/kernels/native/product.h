@@ -122,7 +122,7 @@ static void multiply_task(
         else if (shape->bf16)
             tile_bf16(
                 (const Narrow *)x->data + r * x->step, x->step, n, (const uint16_t *)w->data + 2 * t * block, block,
-                w->padded_depth, tile);
+                w->padded_depth, tile, r == 0);
         else
             tile_fp32(
                 (const float *)x->data + r * x->step, x->step, n, (const float *)w->data + 2 * t * block, block,
