@@ -6,17 +6,19 @@
 #include "finish.h"
 
 #if defined(CUTAWAY_AMX)
-/* A thread sets its tile registers up once. */
-static void start_tiles(void) {
+/* Tile registers: 0 to 3 for sums and 4, 5 for rows, of `rows` rows each; 6 and 7 for weights. */
+static void set_tiles(int64_t rows) {
     struct {
         uint8_t palette, start, reserved[14];
         uint16_t bytes[16];
         uint8_t rows[16];
     } config = {.palette = 1};
-    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
+    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = i < 6 ? rows : 16;
     __asm__ volatile("" : : "r"(&config) : "memory"); /* gcc 12 takes the next line to read 8 bytes only */
     _tile_loadconfig(&config);
 }
+
+static void start_tiles(void) { set_tiles(16); }
 
 static void stop_tiles(void) { _tile_release(); }
 
@@ -30,6 +32,15 @@ INLINE void fetch_ahead(const uint16_t *w, int64_t block, int64_t k, int64_t dep
     for (int i = 0; i < 16; i++) __builtin_prefetch(p + i * 32), __builtin_prefetch(p + block + i * 32);
 }
 
+/* Loads a tile of weights: loads of single lines wait for memory beside one another, better than those of whole tiles. */
+INLINE void touch(const void *tile) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+        __m512i line = _mm512_load_si512((const char *)tile + i * 64);
+        __asm__ volatile("" : : "v"(line));
+    }
+}
+
 /* out [rows][TILE] = up to 32 rows times TILE columns, while `before` is finished. `fresh`: nobody has read these columns yet. */
 static void tile_bf16(
     const Narrow *x, int64_t step, int64_t rows, const uint16_t *w, int64_t block, int64_t depth, int fresh, float *out,
@@ -40,7 +51,8 @@ static void tile_bf16(
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < depth; k += 32) {
-        if (fresh) fetch_ahead(w, block, k, depth);
+        if (fresh && two) fetch_ahead(w, block, k, depth);
+        if (fresh && !two) touch(w + k * 16), touch(w + block + k * 16);
         _tile_loadd(4, x + k, wide);
         _tile_loadd(6, w + k * 16, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -61,6 +73,8 @@ static void tile_bf16(
 }
 #else
 static void start_tiles(void) {}
+
+static void set_tiles(int64_t rows) { (void)rows; }
 
 static void stop_tiles(void) {}
 #endif

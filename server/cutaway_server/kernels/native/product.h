@@ -5,7 +5,7 @@
 #include "matrix_tiles.h"
 #include "team.h"
 
-enum { ROWS_A_TASK = 128 };
+enum { ROWS_A_TASK = 512 };
 
 /* Sums of up to ROWS_AT_ONCE rows from `r` and columns of tile `t`; `before` may be finished meanwhile. */
 static void multiply_tile(
@@ -48,11 +48,14 @@ static void product(
     Unfinished u;
     u.after = after, u.bias = w->bias, u.tile = u.tiles[1], u.n = u.done = 0;
     u.way = usual_way(w, after);
+    const int few = rows < 16 && !w->kind;
+    if (few) set_tiles(rows);
     for (int64_t i; (i = take_near(team, tasks)) >= 0;) {
         int64_t first = i % chunks * ROWS_A_TASK, stop = first + ROWS_A_TASK;
         multiply_task(shape, w, x, first, stop < rows ? stop : rows, i / chunks, &u);
     }
     finish_all(&u);
+    if (few) set_tiles(16);
     meet(team);
 }
 
