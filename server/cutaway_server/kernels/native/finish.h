@@ -26,6 +26,8 @@ typedef struct {
     const float *tile, *bias;
     const After *after;
     int64_t row, n, t, done, way;
+    const Matrix *integers; /* the sums are of this matrix (ROW8), with rows of `panels`, and not scaled yet; null: floats */
+    Panel panels[ROWS_AT_ONCE / 16];
 } Unfinished;
 
 enum { ANY_WAY, COPY, ADD, GATE_NARROW };
@@ -111,10 +113,22 @@ INLINE void finish_usual(const int way, const Unfinished *u, const float *sums, 
     for (int j = 0; j < TILE / LANES; j++) store(out + j * LANES, v[j]);
 }
 
+static void scale_integers(Unfinished *u, int64_t from, int64_t stop) {
+    float *tile = u->tiles[u->tile != u->tiles[0]];
+    const float *scales = (const float *)u->integers->scales + u->t * TILE;
+    for (int64_t r = from; r < stop; r++)
+        for (int j = 0; j < TILE; j += LANES) {
+            Integers sum;
+            memcpy(&sum, tile + r * TILE + j, sizeof sum);
+            store(tile + r * TILE + j, scale_row(sum, &u->panels[r / 16], r % 16, scales + j));
+        }
+}
+
 /* Up to `rows` more. */
 static void finish_some(Unfinished *u, int64_t rows) {
     const int64_t from = u->done, stop = u->n - from < rows ? u->n : from + rows, first = u->row;
     const float *sums = u->tile, *bias = u->bias ? u->bias + u->t * TILE : 0;
+    if (u->integers) scale_integers(u, from, stop);
     if (u->way == ANY_WAY)
         for (int64_t r = from; r < stop; r++) finish_any(u, sums + r * TILE, bias, first + r);
     else if (u->way == GATE_NARROW)

@@ -12,6 +12,13 @@ static void multiply_tile(
     const Shape *shape, const Matrix *w, const Operand *x, int64_t r, int64_t n, int64_t t, float *out,
     Unfinished *before) {
     const int64_t block = w->padded_depth * 16;
+#if defined(CUTAWAY_AMX)
+    if (w->kind == ROW8) {
+        const Panel panels[] = {panel(x->data, r, w->padded_depth), panel(x->data, r + 16, w->padded_depth)};
+        tile_integers(w, panels, n, t, r == 0, (int32_t *)out, before);
+        return;
+    }
+#endif
     if (w->kind) {
         tile_quantized(w, x->data, r, n, t, out);
         return;
@@ -38,6 +45,8 @@ static void multiply_task(
         multiply_tile(shape, w, x, r, n, t, tile, u);
         finish_all(u);
         u->tile = tile, u->row = r, u->n = n, u->t = t, u->done = 0;
+        if (u->integers)
+            for (int i = 0; i < ROWS_AT_ONCE / 16; i++) u->panels[i] = panel(x->data, r + 16 * i, w->padded_depth);
     }
 }
 
@@ -48,7 +57,12 @@ static void product(
     Unfinished u;
     u.after = after, u.bias = w->bias, u.tile = u.tiles[1], u.n = u.done = 0;
     u.way = usual_way(w, after);
-    const int few = rows < 16 && !w->kind;
+#if defined(CUTAWAY_AMX)
+    u.integers = w->kind == ROW8 ? w : 0;
+#else
+    u.integers = 0;
+#endif
+    const int few = rows < 16 && (!w->kind || u.integers);
     if (few) set_tiles(rows);
     for (int64_t i; (i = take_near(team, tasks)) >= 0;) {
         int64_t first = i % chunks * ROWS_A_TASK, stop = first + ROWS_A_TASK;
