@@ -1,4 +1,4 @@
-"""Write metrics.md from the server's own catalogue, or with --check tell whether it is what this would write."""
+"""Write metrics.md and options.md from the server's own code, or with --check tell whether they are up to date."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 
 from cutaway_server.service.metrics import CATALOG
 from cutaway_server.service.metrics.spec import ALWAYS, Spec
+from options import options_page
 
-PAGE = Path(__file__).parent / "metrics.md"
+HERE = Path(__file__).parent
 HEAD = """\
 # Metrics
 
@@ -44,8 +45,8 @@ counterpart of (LoRA, speculative decoding, sleep, transfers of KV) is left out,
 """
 
 
-def page() -> str:
-    """The whole page."""
+def metrics_page() -> str:
+    """The whole page of metrics."""
     parts = [HEAD]
     for heading, specs in CATALOG.items():
         ours = specs[0].name.startswith("cutaway_")
@@ -67,13 +68,17 @@ def main() -> int:
     """The exit code: 1 if --check finds a difference."""
     assert ALWAYS == ("model_name", "engine"), "HEAD tells them"
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is not up to date")
-    if not parser.parse_args().check:
-        PAGE.write_text(page())
-    elif not PAGE.exists() or PAGE.read_text() != page():
-        print(f"{PAGE} is not up to date: run {Path(__file__).name}", file=sys.stderr)
-        return 1
-    return 0
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is not up to date")
+    check = parser.parse_args().check
+    stale = 0
+    for name, text in (("metrics.md", metrics_page()), ("options.md", options_page())):
+        page = HERE / name
+        if not check:
+            page.write_text(text)
+        elif not page.exists() or page.read_text() != text:
+            print(f"{page} is not up to date: run {Path(__file__).name}", file=sys.stderr)
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded; see docs/decisions.md
+
+os.environ.setdefault("CUTAWAY_METRICS_LISTEN", "none")  # the default port may be taken; who wants one asks for it
 
 import pytest
 import torch
@@ -15,6 +18,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is loaded, which transformers does too
 
 from cutaway_server.model.sources import resolve
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a suite in the background; what it starts would inherit this
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

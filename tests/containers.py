@@ -33,11 +33,14 @@ class Engine:
     environment: Mapping[str, str]
     inside: tuple[str, ...] = ()
 
-    def run(self, *command: str, check: bool = True, seconds: float = 300, **environment: str) -> Any:
-        """Run a command with this engine; its output is text."""
+    def run(
+        self, *command: str, check: bool = True, seconds: float = 300, given: str | None = None, **environment: str
+    ) -> Any:
+        """Run a command with this engine, `given` what it reads; its output is text."""
         done = subprocess.run(
-            command, env={**self.environment, **environment}, capture_output=True, text=True, timeout=seconds, cwd=ROOT
-        )
+            command, env={**self.environment, **environment}, input=given, capture_output=True, text=True,
+            timeout=seconds, cwd=ROOT,
+        )  # fmt: skip
         assert done.returncode == 0 or not check, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
         return done
 
@@ -74,7 +77,7 @@ def engine_with_images(scratch: Path, prometheus: str) -> Engine:
 
 
 def stop_own() -> None:
-    """Stop the engine, if it is ours."""
+    """Stop our own engine, if there is one."""
     subprocess.run([SCRIPT, "stop", HOME], check=True)
 
 
@@ -132,10 +135,10 @@ class Stack:
     engine: Engine
     environment: Mapping[str, str]
 
-    def compose(self, *arguments: str, check: bool = True, **environment: str) -> Any:
+    def compose(self, *arguments: str, check: bool = True, given: str | None = None, **environment: str) -> Any:
         """Run `docker compose` on it."""
         command = ("docker", "compose", "-p", "cutaway-test", "-f", str(COMPOSE), "--profile", "cpu", *arguments)
-        return self.engine.run(*command, check=check, **{**self.environment, **environment})
+        return self.engine.run(*command, check=check, given=given, **{**self.environment, **environment})
 
     def up(self) -> None:
         """All but Grafana, whose image nothing here can stand in for; returns when all are healthy."""

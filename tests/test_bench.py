@@ -107,7 +107,7 @@ def test_our_worker_and_the_rows_agree_on_what_is_measured(tiny: Path, workload:
 
     options = ["--model", str(tiny), "--threads", "1", "--dtype", "float32", "--kv-cache-memory", "8MB"]
     command = [sys.executable, str(BENCH / "workers" / "run_ours.py"), *options]
-    sizes = Sizes(tuple(read_workload(workload)), output=8)
+    sizes = Sizes(tuple(read_workload(workload)), output=64)
     row = next(row for row in rows() if row.name == "decode-8-bf16")
     out = tmp_path / "pairs.jsonl"
     with worker(command) as (one, process):

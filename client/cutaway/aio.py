@@ -13,9 +13,11 @@ import grpc.aio
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from cutaway import replies, requests
-from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, seconds
+from cutaway.aio_inspecting import AsyncInspecting
+from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, check_address, seconds
 from cutaway.client import HEALTH_CHECK
 from cutaway.errors import Cancelled
+from cutaway.machine_aio import AsyncMachineCalls
 from cutaway.options import GenerateOptions, TokenizeOptions
 from cutaway.results import Answer, Detokenized, Health, Model, Token, Tokenized
 from cutaway.security import File, security
@@ -23,12 +25,16 @@ from cutaway.status import error_of
 from cutaway.transcript import Transcript
 from cutaway.v1 import inference_pb2 as pb
 from cutaway.v1.inference_pb2_grpc import InferenceStub
+from cutaway.v1.introspection_pb2_grpc import IntrospectionStub
 
 if TYPE_CHECKING:
+    from cutaway.transcript import Response
     from cutaway.v1.inference_pb2_grpc import InferenceAsyncStub
+    from cutaway.v1.introspection_pb2_grpc import IntrospectionAsyncStub
 
     Asked = TypeVar("Asked")
     Told = TypeVar("Told")
+    Streamed = TypeVar("Streamed", bound=Response)
 
 
 class AsyncStream(Transcript):
@@ -40,7 +46,7 @@ class AsyncStream(Transcript):
 
     def __init__(
         self,
-        call: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse],
+        call: grpc.aio.UnaryStreamCall[Asked, Streamed],
         request_id: str,
         address: str,
     ) -> None:
@@ -114,7 +120,36 @@ def raise_unless_cancelled(error: asyncio.CancelledError) -> None:
     raise Cancelled("the call was cancelled") from error
 
 
-class AsyncClient:
+class AsyncCalls:
+    """How the calls that look inside are made."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    @property
+    def introspection(self) -> IntrospectionAsyncStub:
+        """The service's calls, on the client's channel."""
+        return IntrospectionStub(self._client._open_channel())
+
+    async def ask(
+        self, method: grpc.aio.UnaryUnaryMultiCallable[Asked, Told], request: Asked, timeout: float | None
+    ) -> Told:
+        """The answer to a call."""
+        return await self._client._ask(method, request, timeout)
+
+    async def read(
+        self, method: grpc.aio.UnaryStreamMultiCallable[Asked, Streamed], request: Asked, timeout: float | None
+    ) -> AsyncStream:
+        """Everything that a stream brings."""
+        client = self._client
+        call = method(request, timeout=client._seconds(timeout), metadata=client._security.metadata)
+        async with AsyncStream(call, "", client.address) as stream:
+            async for _ in stream:
+                pass
+        return stream
+
+
+class AsyncClient(AsyncInspecting, AsyncMachineCalls):
     """A connection to one server, for one event loop; `async with AsyncClient(...) as client`. See `Client`."""
 
     def __init__(
@@ -127,13 +162,14 @@ class AsyncClient:
         timeout: float | None = None,
         retries: int = MAX_RETRIES,
     ) -> None:
-        self.address = address
+        self.address = check_address(address)
         self.timeout = timeout
         self._options = channel_options(address, retries, streams=True)
         self._security = security(address, api_key, tls, cert)
         self._channel: grpc.aio.Channel | None = None
         self._inference: InferenceAsyncStub | None = None
         self._closed = False
+        self._calls = AsyncCalls(self)
 
     def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> AsyncStream:
         """Stream the completions of a prompt, of `token_ids=` or of `messages=`; iterate with `async for`."""
@@ -206,6 +242,10 @@ class AsyncClient:
         except asyncio.CancelledError as error:
             raise_unless_cancelled(error)
             raise
+
+    @property
+    def _proof(self) -> tuple[tuple[str, str], ...]:
+        return self._security.metadata
 
     def _seconds(self, timeout: float | None) -> float | None:
         return seconds(timeout, self.timeout)

@@ -9,15 +9,24 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import grpc
 
 from cutaway.channel import PAUSES
-from cutaway.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:
-    Call = grpc.CallIterator[pb.GenerateResponse]
+    from cutaway.transcript import Response
+
+
+class Call(Protocol):
+    """One attempt: gRPC's call of a stream."""
+
+    def __iter__(self) -> Iterator[Response]: ...
+
+    def cancel(self) -> object:
+        """End it."""
+
 
 GLANCE_SECONDS = 0.05  # how often a pause looks whether the stream was cancelled
 
@@ -40,7 +49,7 @@ class Attempts:
         self._cancelled = False
         self._make(timeout)
 
-    def __next__(self) -> pb.GenerateResponse:
+    def __next__(self) -> Response:
         """The next message.
 
         Raises:
@@ -64,7 +73,7 @@ class Attempts:
 
     def _make(self, timeout: float | None) -> None:
         call = self._begin(timeout)
-        self._messages: Iterator[pb.GenerateResponse] = iter(call)
+        self._messages: Iterator[Response] = iter(call)
         self._stop: Callable[[], object] = call.cancel
 
     def _tried_again(self, error: grpc.RpcError) -> bool:

@@ -12,6 +12,8 @@ from cutaway.errors import InvalidArgument
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 MAX_RETRIES = 4  # gRPC makes at most five attempts
 LONGEST_SECONDS = 1e9  # gRPC takes infinity, and what overflows its clock, for a time that has passed
+ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%\w]+\]|[^][:/,@\s]+):(?P<port>\d{1,5})")
+RESOLVED = re.compile(r"(unix|unix-abstract|vsock|dns|ipv4|ipv6|xds|google-c2p):.+")  # gRPC's own ways to name a server
 HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[^][:/,@\s]+)(:\d+)?")
 
 PAUSES = (0.1, 0.25, 0.6, 1.6)  # seconds before each retry, give or take a fifth
@@ -47,6 +49,18 @@ def channel_options(address: str, retries: int, *, streams: bool) -> list[tuple[
     if is_loopback(address):
         options.append(("grpc.enable_http_proxy", 0))  # http_proxy is never meant for this machine
     return options
+
+
+def check_address(address: str) -> str:
+    """The address, if it says where to go: gRPC would take another port for granted, and try it for ever.
+
+    Raises:
+        ValueError: it has no port, or is no address.
+    """
+    found = ADDRESS.fullmatch(address)
+    if (found and 0 < int(found["port"]) < 65536) or RESOLVED.fullmatch(address):
+        return address
+    raise ValueError(f"address: {address!r} is not HOST:PORT with a port from 1 to 65535, such as {DEFAULT_ADDRESS}")
 
 
 def is_loopback(address: str) -> bool:

@@ -13,8 +13,10 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from cutaway import replies, requests
 from cutaway.attempts import Attempts
-from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, seconds
+from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, check_address, seconds
+from cutaway.inspecting import Inspecting
 from cutaway.interrupt import cancelling
+from cutaway.machine_calls import MachineCalls
 from cutaway.options import GenerateOptions, TokenizeOptions
 from cutaway.results import Answer, Detokenized, Health, Model, Token, Tokenized
 from cutaway.security import File, security
@@ -22,12 +24,15 @@ from cutaway.status import error_of
 from cutaway.transcript import Transcript
 from cutaway.v1 import inference_pb2 as pb
 from cutaway.v1.inference_pb2_grpc import InferenceStub
+from cutaway.v1.introspection_pb2_grpc import IntrospectionStub
 
 if TYPE_CHECKING:
     from cutaway.attempts import Call
+    from cutaway.transcript import Response
 
     Asked = TypeVar("Asked")
     Told = TypeVar("Told")
+    Streamed = TypeVar("Streamed", bound=Response)
 
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 
@@ -97,13 +102,42 @@ class Stream(Transcript):
         self.close()
 
 
-class Client:
+class Calls:
+    """How the calls that look inside are made."""
+
+    def __init__(self, client: Client, channel: grpc.Channel) -> None:
+        self._client = client
+        self.introspection = IntrospectionStub(channel)
+        self.ask = client._ask
+
+    def read(
+        self, method: grpc.UnaryStreamMultiCallable[Asked, Streamed], request: Asked, timeout: float | None
+    ) -> Transcript:
+        """Everything that a stream brings."""
+        client = self._client
+
+        def begin(timeout: float | None) -> grpc.CallIterator[Streamed]:
+            client._check_open()
+            return method(request, timeout=timeout, metadata=client._metadata)
+
+        stream = Stream(Attempts(begin, client._seconds(timeout), client._retries), "", client.address)
+        with stream:
+            for _ in stream:
+                pass
+        return stream
+
+
+class Client(Inspecting, MachineCalls):
     """A connection to one server: `Client("127.0.0.1:50051")`. Close it, or use it in a `with` block.
 
     `api_key` says who you are; it is sent over TLS, or within this machine. `tls=True` speaks TLS and trusts the usual
     authorities, `tls="ca.pem"` only those in that file. `cert=("cert.pem", "key.pem")` is shown to servers that ask
     for one. `timeout` is in seconds and holds for each call that names none; None waits for ever. `retries` is how
     often a call is tried again while nobody answers at the address. The network is first used by the first call.
+
+    Raises:
+        ValueError: `address` has no port, or another argument cannot be used; the message names it.
+        OSError: a file cannot be read.
     """
 
     def __init__(
@@ -116,7 +150,7 @@ class Client:
         timeout: float | None = None,
         retries: int = MAX_RETRIES,
     ) -> None:
-        self.address = address
+        self.address = check_address(address)
         self.timeout = timeout
         self._retries = retries
         proof = security(address, api_key, tls, cert)
@@ -128,6 +162,7 @@ class Client:
             self._channel = grpc.secure_channel(address, proof.channel, options=options)
         self._stub = InferenceStub(self._channel)
         self._closed = False
+        self._calls = Calls(self, self._channel)
 
     def generate(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Stream:
         """Stream the completions of a prompt, of `token_ids=` or of `messages=`; iterate over the tokens."""

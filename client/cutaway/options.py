@@ -6,7 +6,11 @@ Every keyword may be left out or be None: then the model's generation_config dec
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from cutaway.capture import Capture
+    from cutaway.edit import Edit
 
 # One turn of a conversation: {"role": "user", "content": "What is gravity?"}
 Message = Mapping[str, str]
@@ -59,4 +63,7 @@ class GenerateOptions(Sampling, total=False):
     skip_special_tokens: bool | None  # leave special tokens out of the text. Default True
     prefix_caching: bool | None  # let the request read and feed the prefix cache. Default True
     request_id: str | None  # the request's name for `abort` and the logs. Default: picked by the server
+    captures: Iterable[Capture] | None  # inner values to send along; each token has `captures`. Default: none
+    edits: Iterable[Edit] | None  # changes of inner values, made in this order at each point. Default: none
+    max_capture_bytes: int | None  # refuse the request if they could be more. Default: the server's limit
     timeout: float | None  # seconds until DeadlineExceeded. Default: the client's

@@ -39,8 +39,16 @@ Flat = TypeVar("Flat", Started, Usage, Timings, Limits)
 
 
 def flat(kind: type[Flat], message: WireMessage) -> Flat:
-    """A value whose fields are named and typed as the message's."""
-    return kind(**{field.name: getattr(message, field.name) for field in fields(kind)})
+    """A value whose fields are named and typed as the message's; an optional one that is not set is None."""
+    known = message.DESCRIPTOR.fields_by_name
+    return kind(
+        **{
+            field.name: None
+            if known[field.name].has_presence and not message.HasField(field.name)
+            else getattr(message, field.name)
+            for field in fields(kind)
+        }
+    )
 
 
 def token(wire: pb.Token, index: int) -> Token:
@@ -109,6 +117,8 @@ def model(wire: pb.GetModelResponse) -> Model:
         server_version=wire.server_version,
         kernels=wire.kernels,
         dtype=wire.dtype,
+        quantization=wire.quantization,
+        kv_dtype=wire.kv_dtype,
         device=wire.device,
         architecture=Architecture(
             family=shape.family,

@@ -31,6 +31,9 @@ def generate_request(prompt: str | None, options: GenerateOptions) -> pb.Generat
     put_chat(request, messages, options.get("add_generation_prompt"))
     for flag in FLAGS:
         put(request, flag, options.get(flag))
+    request.captures.extend(capture.message() for capture in options.get("captures") or ())
+    request.edits.extend(edit.message() for edit in options.get("edits") or ())
+    put(request, "max_capture_bytes", options.get("max_capture_bytes"))
     return request
 
 

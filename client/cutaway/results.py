@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cutaway.options import Sampling
+
+if TYPE_CHECKING:
+    from cutaway.arrays import Array
 
 FinishReason = Literal["stop", "length", "abort", "unspecified"]
 
@@ -32,6 +36,9 @@ class Token:
     top_logprobs: tuple[TopLogprob, ...]
     index: int
     step: int
+    captures: Mapping[str, Array] = field(
+        default_factory=dict, compare=False
+    )  # what led to it: rows since the token before
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,8 @@ class Started:
     kernels: str
     dtype: str
     seed: int
+    quantization: str = ""
+    kv_dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +199,10 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What requests must stay within."""
+    """What requests must stay within; 0 is what the server, an older one, does not tell.
+
+    `max_calls`: calls that you may have open at a time, by your credentials; None: no such limit.
+    """
 
     max_context: int
     max_running: int
@@ -200,6 +212,21 @@ class Limits:
     total_pages: int
     max_n: int
     max_logprobs: int
+    max_prompt_bytes: int
+    max_message_bytes: int
+    max_chat_messages: int
+    max_stops: int
+    max_stop_bytes: int
+    max_stop_token_ids: int
+    max_bad_words: int
+    max_bad_word_bytes: int
+    max_bad_word_tokens: int
+    max_logit_biases: int
+    max_detokenized: int
+    max_answer_bytes: int
+    max_backlog_bytes: int
+    max_streams: int
+    max_calls: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,13 +240,15 @@ class TextInfo:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What is served."""
+    """What is served, computed in `dtype`, with weights rounded to `quantization` and a cache that holds `kv_dtype`."""
 
     name: str
     model_hash: str
     server_version: str
     kernels: str
     dtype: str
+    quantization: str
+    kv_dtype: str
     device: str
     architecture: Architecture
     limits: Limits
@@ -234,3 +263,40 @@ class Health(Enum):
     SERVING = 1
     NOT_SERVING = 2
     SERVICE_UNKNOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A place in the network that has a name: {i} in `name` is the layer. 0 in `shape` grows with the text."""
+
+    name: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    readable: bool
+    writable: bool
+    cost: str  # "copy", "open", "context", "matrix": what reading it adds to a step
+    bytes_per_position: int
+    aliases: tuple[str, ...]
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a request would send, at most, in bytes, and why it would be refused (empty: it would not)."""
+
+    bytes: int
+    capture_bytes: tuple[int, ...]
+    max_bytes: int
+    open_layers: int
+    refusal: str
+
+
+@dataclass(frozen=True, slots=True)
+class LensResult:
+    """What the model would say if it ended after each layer: axes [layer, pos, top] and [layer, pos, token]."""
+
+    tokens: Array | None  # the likeliest, likeliest first
+    logprobs: Array | None
+    given_logprobs: Array | None  # of the tokens that were named
+    given_ranks: Array | None  # 0 is the likeliest

@@ -11,8 +11,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 if TYPE_CHECKING:
@@ -129,26 +128,13 @@ def load(config: Config) -> tuple[Engine, EngineFacts, TextModel]:
     """
     from cutaway_server.engine.build import build_engine
     from cutaway_server.model.open import open_model
+    from cutaway_server.progress import bar
 
     checkpoint = open_model(config.model)
-    with _progress(config.name) as progress:
+    log.info("loading %s", config.name)
+    with bar(f"loading {config.name}") as progress:
         engine, facts = build_engine(config, checkpoint, progress)
     return engine, facts, checkpoint.text
-
-
-@contextmanager
-def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of bytes done of all bytes, on a terminal; elsewhere the log's lines are enough."""
-    from tqdm import tqdm
-
-    with tqdm(desc=f"loading {name}", unit="B", unit_scale=True, disable=None, file=sys.stderr) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        log.info("loading %s", name)
-        yield advance
 
 
 async def _serve_engine(server: Server, address: str, engine: Engine, facts: EngineFacts, text: TextModel) -> int:

@@ -117,6 +117,9 @@ class Config(BaseModel):
     max_context: Context | None = Field(
         None, description="Tokens of prompt and completion together. Default: the model's."
     )
+    kv_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"] = Field(
+        "auto", description="What the KV cache holds; auto: what --dtype is. int8 and fp8 are rounded, with scales."
+    )
     page_size: Annotated[int, AfterValidator(_check_page_size)] = Field(
         16, description="Tokens in a page of the KV cache: a power of two from 16 to 256."
     )
@@ -130,6 +133,15 @@ class Config(BaseModel):
     max_running: Slots = Field(64, description="Completions computed at the same time, at most.")
     max_queued: Count = Field(1024, description="Requests that may wait; more are refused.")
     prefix_caching: bool = Field(True, description="Share pages between prompts that begin alike.")
+    retain_bytes: Annotated[Bytes, Field(ge=0)] = Field(
+        64 * 2**20,
+        description="Bytes of KV cache in which each tenant's finished requests stay, to be read, forked and replayed, "
+        "while nobody needs the room; 0 keeps none.",
+    )
+    retain_seconds: float = Field(300.0, ge=0, le=86400, description="Seconds that each of them stays, at most.")
+    inspect_text: bool = Field(
+        False, description="Tell those who observe their own requests the tokens and texts of these, too."
+    )
     drain_timeout: float = Field(
         30.0, ge=0, le=86400, description="Seconds that running requests may go on after SIGTERM."
     )
@@ -147,6 +159,12 @@ class Config(BaseModel):
     )
     max_backlog: Annotated[Bytes, Field(ge=2**16)] = Field(
         32 * 2**20, description="Bytes held for a reader that does not read; over it that request ends."
+    )
+    max_capture_bytes: Annotated[Bytes, Field(ge=0)] = Field(
+        2**30, description="Bytes of captured values that one request may send, at most; 0 refuses all captures."
+    )
+    capture_memory: Annotated[Bytes, Field(ge=0)] = Field(
+        4 * 2**30, description="Bytes of captured values that all requests at work may hold for their readers."
     )
     max_streams: Count = Field(1024, description="Calls open on one connection, at most.")
     max_connections: Count = Field(1024, description="Connections open at the same time, at most.")

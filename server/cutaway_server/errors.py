@@ -5,6 +5,7 @@ CutawayError
 ├── NotFound            no such request
 ├── AlreadyExists       a request of that name is running
 ├── QueueFull           too many wait; try again later
+├── OverBudget          what is asked would send more bytes than it may
 ├── Unsupported         this model or tokenizer cannot do that
 ├── Draining            the server is going down and takes no new requests
 ├── DeadlineExceeded    the request's time is up
@@ -46,6 +47,10 @@ class QueueFull(CutawayError):
     def __init__(self, message: str, retry_after_seconds: float) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
+
+
+class OverBudget(CutawayError):
+    """What is asked would send more bytes than the request, or the server, allows. Nothing was computed."""
 
 
 class Unsupported(CutawayError):

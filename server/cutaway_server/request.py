@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 
+from cutaway_server.captures import Capture, Captured
+from cutaway_server.edits import NO_EDITS, Edits
 from cutaway_server.errors import CutawayError, InvalidField
 
 MAX_N = 128
@@ -216,6 +218,18 @@ class Request:
     deadline: float | None = None
     tenant: str = ""
     prefix_caching: bool = True
+    captures: tuple[Capture, ...] = ()
+    edits: Edits = NO_EDITS
+
+    @property
+    def probed(self) -> bool:
+        """Whether somebody looks inside, or changes what is there."""
+        return bool(self.captures) or self.edits is not NO_EDITS
+
+    def first_captured(self, start: int) -> int | None:
+        """The first position from `start` on that is to be looked at."""
+        found = [first for capture in self.captures if (first := capture.rows.first(start)) is not None]
+        return min(found, default=None)
 
 
 class FinishReason(Enum):
@@ -293,4 +307,4 @@ class RequestFailed:
     error: CutawayError
 
 
-Event = Started | PromptScored | Sampled | CompletionEnded | RequestEnded | RequestFailed
+Event = Started | PromptScored | Captured | Sampled | CompletionEnded | RequestEnded | RequestFailed

@@ -13,11 +13,11 @@ import click
 from cutaway.cli.connection import connect, connection_options
 from cutaway.cli.options import given, output_options, sampling_options, timeout_option, token_ids
 from cutaway.cli.screen import figures, harmless, spinner, write
+from cutaway.cli.side_by_side import watch
 from cutaway.options import Message
 
 if TYPE_CHECKING:
-    from cutaway.client import Client, Stream
-    from cutaway.options import GenerateOptions
+    from cutaway.client import Stream
     from cutaway.results import Answer
 
 
@@ -71,7 +71,7 @@ def generate(
         elif wanted.get("n", 1) == 1:
             print_text(client.generate(prompt, **wanted))
         else:
-            print_all(client, prompt, wanted)
+            print_all(client.generate(prompt, **wanted))
 
 
 def read(text: str | None) -> str:
@@ -98,13 +98,16 @@ def print_text(stream: Stream) -> None:
         click.secho(figures(stream.usage, stream.timings), dim=True, err=True)
 
 
-def print_all(client: Client, prompt: str | None, wanted: GenerateOptions) -> None:
-    """Write several completions, one after the other."""
-    with spinner():
-        answer = client.complete(prompt, **wanted)
+def print_all(stream: Stream) -> None:
+    """Write several completions, one after the other; meanwhile, on a terminal, how each comes along."""
+    with stream:
+        watch(stream)
+    answer = stream.answer()
     for each in answer.completions:
         click.secho(f"-- {each.index} ({each.finish_reason})", fg="cyan")
         click.echo(harmless(each.text) if sys.stdout.isatty() else each.text)
+    if sys.stderr.isatty():
+        click.secho(figures(answer.usage, answer.timings), dim=True, err=True)
 
 
 def print_events(stream: Stream) -> None:

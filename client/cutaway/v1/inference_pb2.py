@@ -22,9 +22,12 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from cutaway.v1 import capture_pb2 as cutaway_dot_v1_dot_capture__pb2
+from cutaway.v1 import edit_pb2 as cutaway_dot_v1_dot_edit__pb2
+from cutaway.v1 import tensor_pb2 as cutaway_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63utaway/v1/inference.proto\x12\ncutaway.v1\"\xb4\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.cutaway.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x04 \x01(\x0b\x32\x10.cutaway.v1.ChatH\x00\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.cutaway.v1.SamplingParams\x12!\n\x14parse_special_tokens\x18\x06 \x01(\x08H\x01\x88\x01\x01\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x07 \x01(\x08H\x02\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x08 \x01(\x08H\x03\x88\x01\x01\x12\x11\n\x04\x65\x63ho\x18\t \x01(\x08H\x04\x88\x01\x01\x12\x1b\n\x0eprefix_caching\x18\n \x01(\x08H\x05\x88\x01\x01\x42\x08\n\x06promptB\x17\n\x15_parse_special_tokensB\x15\n\x13_add_special_tokensB\x16\n\x14_skip_special_tokensB\x07\n\x05_echoB\x11\n\x0f_prefix_caching\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x03\"k\n\x04\x43hat\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.cutaway.v1.Message\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x86\x06\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x16\n\ttypical_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).cutaway.v1.SamplingParams.LogitBiasEntry\x12\x11\n\tbad_words\x18\n \x03(\t\x12\x11\n\x04seed\x18\x0b \x01(\x03H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\x05\x12\x17\n\nmin_tokens\x18\x0e \x01(\x05H\t\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x0f \x01(\x05H\n\x88\x01\x01\x12\x17\n\nignore_eos\x18\x10 \x01(\x08H\x0b\x88\x01\x01\x12\x0e\n\x01n\x18\x11 \x01(\x05H\x0c\x88\x01\x01\x12\x15\n\x08logprobs\x18\x12 \x01(\x05H\r\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x13 \x01(\x05H\x0e\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x0c\n\n_typical_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_min_tokensB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eosB\x04\n\x02_nB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\xc8\x01\n\x10GenerateResponse\x12&\n\x07started\x18\x01 \x01(\x0b\x32\x13.cutaway.v1.StartedH\x00\x12\x35\n\x0fprompt_logprobs\x18\x02 \x01(\x0b\x32\x1a.cutaway.v1.PromptLogprobsH\x00\x12\"\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x11.cutaway.v1.DeltaH\x00\x12(\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x14.cutaway.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x8d\x01\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x12\n\nmodel_hash\x18\x04 \x01(\t\x12\x0f\n\x07kernels\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0c\n\x04seed\x18\x07 \x01(\x03\"G\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12!\n\x06tokens\x18\x03 \x03(\x0b\x32\x11.cutaway.v1.Token\"\x7f\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x14\n\x07logprob\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12,\n\x0ctop_logprobs\x18\x05 \x03(\x0b\x32\x16.cutaway.v1.TopLogprobB\n\n\x08_logprob\")\n\nTopLogprob\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"E\n\x0ePromptLogprobs\x12\x10\n\x08position\x18\x01 \x01(\r\x12!\n\x06tokens\x18\x02 \x03(\x0b\x32\x11.cutaway.v1.Token\"\x9e\x01\n\nCompletion\x12\r\n\x05index\x18\x01 \x01(\r\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.cutaway.v1.FinishReason\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x0e\n\x04stop\x18\x04 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x05 \x01(\rH\x00\x42\x0c\n\nstopped_by\"\x7f\n\x08\x46inished\x12+\n\x0b\x63ompletions\x18\x01 \x03(\x0b\x32\x16.cutaway.v1.Completion\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.cutaway.v1.Usage\x12$\n\x07timings\x18\x03 \x01(\x0b\x32\x13.cutaway.v1.Timings\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"f\n\x07Timings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x17\n\x0fprefill_seconds\x18\x02 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x03 \x01(\x01\x12\x13\n\x0bpreemptions\x18\x04 \x01(\r\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\xd0\x01\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x02 \x01(\x0b\x32\x10.cutaway.v1.ChatH\x00\x12!\n\x14parse_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x02\x88\x01\x01\x12\x0e\n\x06merges\x18\x05 \x01(\x08\x42\x07\n\x05inputB\x17\n\x15_parse_special_tokensB\x15\n\x13_add_special_tokens\"\x91\x01\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\t\x12\x13\n\x0b\x62yte_starts\x18\x03 \x03(\r\x12\x11\n\tbyte_ends\x18\x04 \x03(\r\x12&\n\x06merges\x18\x05 \x03(\x0b\x32\x16.cutaway.v1.WordMerges\x12\x10\n\x08rendered\x18\x06 \x01(\t\"?\n\nWordMerges\x12\x0f\n\x07symbols\x18\x01 \x03(\t\x12 \n\x05steps\x18\x02 \x03(\x0b\x32\x11.cutaway.v1.Merge\"D\n\x05Merge\x12\x0c\n\x04left\x18\x01 \x01(\t\x12\r\n\x05right\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x10\n\x08position\x18\x04 \x01(\r\"v\n\x11\x44\x65tokenizeRequest\x12\'\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x14.cutaway.v1.TokenIds\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"7\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x13\n\x0btoken_bytes\x18\x02 \x03(\x0c\"\x11\n\x0fGetModelRequest\"\xaa\x02\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nmodel_hash\x18\x02 \x01(\t\x12\x16\n\x0eserver_version\x18\x03 \x01(\t\x12\x0f\n\x07kernels\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12.\n\x0c\x61rchitecture\x18\x07 \x01(\x0b\x32\x18.cutaway.v1.Architecture\x12\"\n\x06limits\x18\x08 \x01(\x0b\x32\x12.cutaway.v1.Limits\x12\"\n\x04text\x18\t \x01(\x0b\x32\x14.cutaway.v1.TextInfo\x12\x34\n\x10\x64\x65\x66\x61ult_sampling\x18\n \x01(\x0b\x32\x1a.cutaway.v1.SamplingParams\"\xbd\x01\n\x0c\x41rchitecture\x12\x0e\n\x06\x66\x61mily\x18\x01 \x01(\t\x12\x10\n\x08n_layers\x18\x02 \x01(\r\x12\x0f\n\x07\x64_model\x18\x03 \x01(\r\x12\x0f\n\x07n_heads\x18\x04 \x01(\r\x12\x12\n\nn_kv_heads\x18\x05 \x01(\r\x12\x0e\n\x06\x64_head\x18\x06 \x01(\r\x12\r\n\x05\x64_mlp\x18\x07 \x01(\r\x12\x0f\n\x07\x64_vocab\x18\x08 \x01(\r\x12\x14\n\x0cn_parameters\x18\t \x01(\x04\x12\x0f\n\x07windows\x18\n \x03(\r\"\xad\x01\n\x06Limits\x12\x13\n\x0bmax_context\x18\x01 \x01(\r\x12\x13\n\x0bmax_running\x18\x02 \x01(\r\x12\x12\n\nmax_queued\x18\x03 \x01(\r\x12\x18\n\x10max_batch_tokens\x18\x04 \x01(\r\x12\x11\n\tpage_size\x18\x05 \x01(\r\x12\x13\n\x0btotal_pages\x18\x06 \x01(\r\x12\r\n\x05max_n\x18\x07 \x01(\r\x12\x14\n\x0cmax_logprobs\x18\x08 \x01(\r\"d\n\x08TextInfo\x12\x19\n\x0c\x62os_token_id\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x02 \x03(\r\x12\x15\n\rchat_template\x18\x03 \x01(\tB\x0f\n\r_bos_token_id*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xed\x02\n\tInference\x12G\n\x08Generate\x12\x1b.cutaway.v1.GenerateRequest\x1a\x1c.cutaway.v1.GenerateResponse0\x01\x12<\n\x05\x41\x62ort\x12\x18.cutaway.v1.AbortRequest\x1a\x19.cutaway.v1.AbortResponse\x12\x45\n\x08Tokenize\x12\x1b.cutaway.v1.TokenizeRequest\x1a\x1c.cutaway.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.cutaway.v1.DetokenizeRequest\x1a\x1e.cutaway.v1.DetokenizeResponse\x12\x45\n\x08GetModel\x12\x1b.cutaway.v1.GetModelRequest\x1a\x1c.cutaway.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63utaway/v1/inference.proto\x12\ncutaway.v1\x1a\x18\x63utaway/v1/capture.proto\x1a\x15\x63utaway/v1/edit.proto\x1a\x17\x63utaway/v1/tensor.proto\"\xb2\x04\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.cutaway.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x04 \x01(\x0b\x32\x10.cutaway.v1.ChatH\x00\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.cutaway.v1.SamplingParams\x12!\n\x14parse_special_tokens\x18\x06 \x01(\x08H\x01\x88\x01\x01\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x07 \x01(\x08H\x02\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x08 \x01(\x08H\x03\x88\x01\x01\x12\x11\n\x04\x65\x63ho\x18\t \x01(\x08H\x04\x88\x01\x01\x12\x1b\n\x0eprefix_caching\x18\n \x01(\x08H\x05\x88\x01\x01\x12%\n\x08\x63\x61ptures\x18\x0b \x03(\x0b\x32\x13.cutaway.v1.Capture\x12\x1e\n\x11max_capture_bytes\x18\x0c \x01(\x04H\x06\x88\x01\x01\x12\x1f\n\x05\x65\x64its\x18\r \x03(\x0b\x32\x10.cutaway.v1.EditB\x08\n\x06promptB\x17\n\x15_parse_special_tokensB\x15\n\x13_add_special_tokensB\x16\n\x14_skip_special_tokensB\x07\n\x05_echoB\x11\n\x0f_prefix_cachingB\x14\n\x12_max_capture_bytes\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x03\"k\n\x04\x43hat\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.cutaway.v1.Message\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x18\n\x16_add_generation_prompt\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x86\x06\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x16\n\ttypical_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).cutaway.v1.SamplingParams.LogitBiasEntry\x12\x11\n\tbad_words\x18\n \x03(\t\x12\x11\n\x04seed\x18\x0b \x01(\x03H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\x05\x12\x17\n\nmin_tokens\x18\x0e \x01(\x05H\t\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x0f \x01(\x05H\n\x88\x01\x01\x12\x17\n\nignore_eos\x18\x10 \x01(\x08H\x0b\x88\x01\x01\x12\x0e\n\x01n\x18\x11 \x01(\x05H\x0c\x88\x01\x01\x12\x15\n\x08logprobs\x18\x12 \x01(\x05H\r\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x13 \x01(\x05H\x0e\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x0c\n\n_typical_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_min_tokensB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eosB\x04\n\x02_nB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x9e\x02\n\x10GenerateResponse\x12&\n\x07started\x18\x01 \x01(\x0b\x32\x13.cutaway.v1.StartedH\x00\x12\x35\n\x0fprompt_logprobs\x18\x02 \x01(\x0b\x32\x1a.cutaway.v1.PromptLogprobsH\x00\x12\"\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x11.cutaway.v1.DeltaH\x00\x12(\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x14.cutaway.v1.FinishedH\x00\x12*\n\x06tensor\x18\x05 \x01(\x0b\x32\x18.cutaway.v1.TensorHeaderH\x00\x12(\n\x05\x63hunk\x18\x06 \x01(\x0b\x32\x17.cutaway.v1.TensorChunkH\x00\x42\x07\n\x05\x65vent\"\xb5\x01\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x12\n\nmodel_hash\x18\x04 \x01(\t\x12\x0f\n\x07kernels\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0c\n\x04seed\x18\x07 \x01(\x03\x12\x14\n\x0cquantization\x18\x08 \x01(\t\x12\x10\n\x08kv_dtype\x18\t \x01(\t\"G\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12!\n\x06tokens\x18\x03 \x03(\x0b\x32\x11.cutaway.v1.Token\"\x7f\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x14\n\x07logprob\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12,\n\x0ctop_logprobs\x18\x05 \x03(\x0b\x32\x16.cutaway.v1.TopLogprobB\n\n\x08_logprob\")\n\nTopLogprob\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"E\n\x0ePromptLogprobs\x12\x10\n\x08position\x18\x01 \x01(\r\x12!\n\x06tokens\x18\x02 \x03(\x0b\x32\x11.cutaway.v1.Token\"\x9e\x01\n\nCompletion\x12\r\n\x05index\x18\x01 \x01(\r\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.cutaway.v1.FinishReason\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x0e\n\x04stop\x18\x04 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x05 \x01(\rH\x00\x42\x0c\n\nstopped_by\"\x7f\n\x08\x46inished\x12+\n\x0b\x63ompletions\x18\x01 \x03(\x0b\x32\x16.cutaway.v1.Completion\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.cutaway.v1.Usage\x12$\n\x07timings\x18\x03 \x01(\x0b\x32\x13.cutaway.v1.Timings\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"f\n\x07Timings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x17\n\x0fprefill_seconds\x18\x02 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x03 \x01(\x01\x12\x13\n\x0bpreemptions\x18\x04 \x01(\r\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"\xd0\x01\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x02 \x01(\x0b\x32\x10.cutaway.v1.ChatH\x00\x12!\n\x14parse_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x02\x88\x01\x01\x12\x0e\n\x06merges\x18\x05 \x01(\x08\x42\x07\n\x05inputB\x17\n\x15_parse_special_tokensB\x15\n\x13_add_special_tokens\"\x91\x01\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x0e\n\x06pieces\x18\x02 \x03(\t\x12\x13\n\x0b\x62yte_starts\x18\x03 \x03(\r\x12\x11\n\tbyte_ends\x18\x04 \x03(\r\x12&\n\x06merges\x18\x05 \x03(\x0b\x32\x16.cutaway.v1.WordMerges\x12\x10\n\x08rendered\x18\x06 \x01(\t\"?\n\nWordMerges\x12\x0f\n\x07symbols\x18\x01 \x03(\t\x12 \n\x05steps\x18\x02 \x03(\x0b\x32\x11.cutaway.v1.Merge\"D\n\x05Merge\x12\x0c\n\x04left\x18\x01 \x01(\t\x12\r\n\x05right\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x10\n\x08position\x18\x04 \x01(\r\"v\n\x11\x44\x65tokenizeRequest\x12\'\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x14.cutaway.v1.TokenIds\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"7\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x13\n\x0btoken_bytes\x18\x02 \x03(\x0c\"\x11\n\x0fGetModelRequest\"\xd2\x02\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nmodel_hash\x18\x02 \x01(\t\x12\x16\n\x0eserver_version\x18\x03 \x01(\t\x12\x0f\n\x07kernels\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12.\n\x0c\x61rchitecture\x18\x07 \x01(\x0b\x32\x18.cutaway.v1.Architecture\x12\"\n\x06limits\x18\x08 \x01(\x0b\x32\x12.cutaway.v1.Limits\x12\"\n\x04text\x18\t \x01(\x0b\x32\x14.cutaway.v1.TextInfo\x12\x34\n\x10\x64\x65\x66\x61ult_sampling\x18\n \x01(\x0b\x32\x1a.cutaway.v1.SamplingParams\x12\x14\n\x0cquantization\x18\x0b \x01(\t\x12\x10\n\x08kv_dtype\x18\x0c \x01(\t\"\xbd\x01\n\x0c\x41rchitecture\x12\x0e\n\x06\x66\x61mily\x18\x01 \x01(\t\x12\x10\n\x08n_layers\x18\x02 \x01(\r\x12\x0f\n\x07\x64_model\x18\x03 \x01(\r\x12\x0f\n\x07n_heads\x18\x04 \x01(\r\x12\x12\n\nn_kv_heads\x18\x05 \x01(\r\x12\x0e\n\x06\x64_head\x18\x06 \x01(\r\x12\r\n\x05\x64_mlp\x18\x07 \x01(\r\x12\x0f\n\x07\x64_vocab\x18\x08 \x01(\r\x12\x14\n\x0cn_parameters\x18\t \x01(\x04\x12\x0f\n\x07windows\x18\n \x03(\r\"\xb7\x04\n\x06Limits\x12\x13\n\x0bmax_context\x18\x01 \x01(\r\x12\x13\n\x0bmax_running\x18\x02 \x01(\r\x12\x12\n\nmax_queued\x18\x03 \x01(\r\x12\x18\n\x10max_batch_tokens\x18\x04 \x01(\r\x12\x11\n\tpage_size\x18\x05 \x01(\r\x12\x13\n\x0btotal_pages\x18\x06 \x01(\r\x12\r\n\x05max_n\x18\x07 \x01(\r\x12\x14\n\x0cmax_logprobs\x18\x08 \x01(\r\x12\x18\n\x10max_prompt_bytes\x18\t \x01(\x04\x12\x19\n\x11max_message_bytes\x18\n \x01(\x04\x12\x19\n\x11max_chat_messages\x18\x0b \x01(\r\x12\x11\n\tmax_stops\x18\x0c \x01(\r\x12\x16\n\x0emax_stop_bytes\x18\r \x01(\r\x12\x1a\n\x12max_stop_token_ids\x18\x0e \x01(\r\x12\x15\n\rmax_bad_words\x18\x0f \x01(\r\x12\x1a\n\x12max_bad_word_bytes\x18\x10 \x01(\r\x12\x1b\n\x13max_bad_word_tokens\x18\x11 \x01(\r\x12\x18\n\x10max_logit_biases\x18\x12 \x01(\r\x12\x17\n\x0fmax_detokenized\x18\x13 \x01(\r\x12\x18\n\x10max_answer_bytes\x18\x14 \x01(\x04\x12\x19\n\x11max_backlog_bytes\x18\x15 \x01(\x04\x12\x13\n\x0bmax_streams\x18\x16 \x01(\r\x12\x16\n\tmax_calls\x18\x17 \x01(\rH\x00\x88\x01\x01\x42\x0c\n\n_max_calls\"d\n\x08TextInfo\x12\x19\n\x0c\x62os_token_id\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x15\n\reos_token_ids\x18\x02 \x03(\r\x12\x15\n\rchat_template\x18\x03 \x01(\tB\x0f\n\r_bos_token_id*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xed\x02\n\tInference\x12G\n\x08Generate\x12\x1b.cutaway.v1.GenerateRequest\x1a\x1c.cutaway.v1.GenerateResponse0\x01\x12<\n\x05\x41\x62ort\x12\x18.cutaway.v1.AbortRequest\x1a\x19.cutaway.v1.AbortResponse\x12\x45\n\x08Tokenize\x12\x1b.cutaway.v1.TokenizeRequest\x1a\x1c.cutaway.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.cutaway.v1.DetokenizeRequest\x1a\x1e.cutaway.v1.DetokenizeResponse\x12\x45\n\x08GetModel\x12\x1b.cutaway.v1.GetModelRequest\x1a\x1c.cutaway.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,66 +36,66 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=4087
-  _globals['_FINISHREASON']._serialized_end=4207
-  _globals['_GENERATEREQUEST']._serialized_start=43
-  _globals['_GENERATEREQUEST']._serialized_end=479
-  _globals['_TOKENIDS']._serialized_start=481
-  _globals['_TOKENIDS']._serialized_end=504
-  _globals['_CHAT']._serialized_start=506
-  _globals['_CHAT']._serialized_end=613
-  _globals['_MESSAGE']._serialized_start=615
-  _globals['_MESSAGE']._serialized_end=655
-  _globals['_SAMPLINGPARAMS']._serialized_start=658
-  _globals['_SAMPLINGPARAMS']._serialized_end=1432
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1165
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1213
-  _globals['_GENERATERESPONSE']._serialized_start=1435
-  _globals['_GENERATERESPONSE']._serialized_end=1635
-  _globals['_STARTED']._serialized_start=1638
-  _globals['_STARTED']._serialized_end=1779
-  _globals['_DELTA']._serialized_start=1781
-  _globals['_DELTA']._serialized_end=1852
-  _globals['_TOKEN']._serialized_start=1854
-  _globals['_TOKEN']._serialized_end=1981
-  _globals['_TOPLOGPROB']._serialized_start=1983
-  _globals['_TOPLOGPROB']._serialized_end=2024
-  _globals['_PROMPTLOGPROBS']._serialized_start=2026
-  _globals['_PROMPTLOGPROBS']._serialized_end=2095
-  _globals['_COMPLETION']._serialized_start=2098
-  _globals['_COMPLETION']._serialized_end=2256
-  _globals['_FINISHED']._serialized_start=2258
-  _globals['_FINISHED']._serialized_end=2385
-  _globals['_USAGE']._serialized_start=2387
-  _globals['_USAGE']._serialized_end=2467
-  _globals['_TIMINGS']._serialized_start=2469
-  _globals['_TIMINGS']._serialized_end=2571
-  _globals['_ABORTREQUEST']._serialized_start=2573
-  _globals['_ABORTREQUEST']._serialized_end=2607
-  _globals['_ABORTRESPONSE']._serialized_start=2609
-  _globals['_ABORTRESPONSE']._serialized_end=2624
-  _globals['_TOKENIZEREQUEST']._serialized_start=2627
-  _globals['_TOKENIZEREQUEST']._serialized_end=2835
-  _globals['_TOKENIZERESPONSE']._serialized_start=2838
-  _globals['_TOKENIZERESPONSE']._serialized_end=2983
-  _globals['_WORDMERGES']._serialized_start=2985
-  _globals['_WORDMERGES']._serialized_end=3048
-  _globals['_MERGE']._serialized_start=3050
-  _globals['_MERGE']._serialized_end=3118
-  _globals['_DETOKENIZEREQUEST']._serialized_start=3120
-  _globals['_DETOKENIZEREQUEST']._serialized_end=3238
-  _globals['_DETOKENIZERESPONSE']._serialized_start=3240
-  _globals['_DETOKENIZERESPONSE']._serialized_end=3295
-  _globals['_GETMODELREQUEST']._serialized_start=3297
-  _globals['_GETMODELREQUEST']._serialized_end=3314
-  _globals['_GETMODELRESPONSE']._serialized_start=3317
-  _globals['_GETMODELRESPONSE']._serialized_end=3615
-  _globals['_ARCHITECTURE']._serialized_start=3618
-  _globals['_ARCHITECTURE']._serialized_end=3807
-  _globals['_LIMITS']._serialized_start=3810
-  _globals['_LIMITS']._serialized_end=3983
-  _globals['_TEXTINFO']._serialized_start=3985
-  _globals['_TEXTINFO']._serialized_end=4085
-  _globals['_INFERENCE']._serialized_start=4210
-  _globals['_INFERENCE']._serialized_end=4575
+  _globals['_FINISHREASON']._serialized_start=4847
+  _globals['_FINISHREASON']._serialized_end=4967
+  _globals['_GENERATEREQUEST']._serialized_start=117
+  _globals['_GENERATEREQUEST']._serialized_end=679
+  _globals['_TOKENIDS']._serialized_start=681
+  _globals['_TOKENIDS']._serialized_end=704
+  _globals['_CHAT']._serialized_start=706
+  _globals['_CHAT']._serialized_end=813
+  _globals['_MESSAGE']._serialized_start=815
+  _globals['_MESSAGE']._serialized_end=855
+  _globals['_SAMPLINGPARAMS']._serialized_start=858
+  _globals['_SAMPLINGPARAMS']._serialized_end=1632
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1365
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1413
+  _globals['_GENERATERESPONSE']._serialized_start=1635
+  _globals['_GENERATERESPONSE']._serialized_end=1921
+  _globals['_STARTED']._serialized_start=1924
+  _globals['_STARTED']._serialized_end=2105
+  _globals['_DELTA']._serialized_start=2107
+  _globals['_DELTA']._serialized_end=2178
+  _globals['_TOKEN']._serialized_start=2180
+  _globals['_TOKEN']._serialized_end=2307
+  _globals['_TOPLOGPROB']._serialized_start=2309
+  _globals['_TOPLOGPROB']._serialized_end=2350
+  _globals['_PROMPTLOGPROBS']._serialized_start=2352
+  _globals['_PROMPTLOGPROBS']._serialized_end=2421
+  _globals['_COMPLETION']._serialized_start=2424
+  _globals['_COMPLETION']._serialized_end=2582
+  _globals['_FINISHED']._serialized_start=2584
+  _globals['_FINISHED']._serialized_end=2711
+  _globals['_USAGE']._serialized_start=2713
+  _globals['_USAGE']._serialized_end=2793
+  _globals['_TIMINGS']._serialized_start=2795
+  _globals['_TIMINGS']._serialized_end=2897
+  _globals['_ABORTREQUEST']._serialized_start=2899
+  _globals['_ABORTREQUEST']._serialized_end=2933
+  _globals['_ABORTRESPONSE']._serialized_start=2935
+  _globals['_ABORTRESPONSE']._serialized_end=2950
+  _globals['_TOKENIZEREQUEST']._serialized_start=2953
+  _globals['_TOKENIZEREQUEST']._serialized_end=3161
+  _globals['_TOKENIZERESPONSE']._serialized_start=3164
+  _globals['_TOKENIZERESPONSE']._serialized_end=3309
+  _globals['_WORDMERGES']._serialized_start=3311
+  _globals['_WORDMERGES']._serialized_end=3374
+  _globals['_MERGE']._serialized_start=3376
+  _globals['_MERGE']._serialized_end=3444
+  _globals['_DETOKENIZEREQUEST']._serialized_start=3446
+  _globals['_DETOKENIZEREQUEST']._serialized_end=3564
+  _globals['_DETOKENIZERESPONSE']._serialized_start=3566
+  _globals['_DETOKENIZERESPONSE']._serialized_end=3621
+  _globals['_GETMODELREQUEST']._serialized_start=3623
+  _globals['_GETMODELREQUEST']._serialized_end=3640
+  _globals['_GETMODELRESPONSE']._serialized_start=3643
+  _globals['_GETMODELRESPONSE']._serialized_end=3981
+  _globals['_ARCHITECTURE']._serialized_start=3984
+  _globals['_ARCHITECTURE']._serialized_end=4173
+  _globals['_LIMITS']._serialized_start=4176
+  _globals['_LIMITS']._serialized_end=4743
+  _globals['_TEXTINFO']._serialized_start=4745
+  _globals['_TEXTINFO']._serialized_end=4845
+  _globals['_INFERENCE']._serialized_start=4970
+  _globals['_INFERENCE']._serialized_end=5335
 # @@protoc_insertion_point(module_scope)

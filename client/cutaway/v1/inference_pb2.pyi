@@ -4,6 +4,9 @@ isort:skip_file
 The contract of Cutaway's main job: text in, tokens out, as they are made."""
 
 from collections import abc as _abc
+from cutaway.v1 import capture_pb2 as _capture_pb2
+from cutaway.v1 import edit_pb2 as _edit_pb2
+from cutaway.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -63,6 +66,9 @@ class GenerateRequest(_message.Message):
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     ECHO_FIELD_NUMBER: _builtins.int
     PREFIX_CACHING_FIELD_NUMBER: _builtins.int
+    CAPTURES_FIELD_NUMBER: _builtins.int
+    MAX_CAPTURE_BYTES_FIELD_NUMBER: _builtins.int
+    EDITS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Name of this request for Abort and logs, at most 128 characters of [A-Za-z0-9._:-]; empty: the server picks one.
     A name that is already running is refused with ALREADY_EXISTS.
@@ -79,6 +85,8 @@ class GenerateRequest(_message.Message):
     """Send the prompt's tokens and text as the first delta of every completion. Unset: false."""
     prefix_caching: _builtins.bool
     """Let this request read and feed the prefix cache. Unset: true."""
+    max_capture_bytes: _builtins.int
+    """Refuse the request if its tensors could be more bytes than this. Unset: the server's limit decides."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Tokens, used as they are: nothing is added."""
@@ -90,6 +98,18 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def sampling(self) -> Global___SamplingParams:
         """How tokens are chosen, and when to stop."""
+
+    @_builtins.property
+    def captures(self) -> _containers.RepeatedCompositeFieldContainer[_capture_pb2.Capture]:
+        """Inner values to send as they are computed, between the tokens, in the order of the engine's steps; at most 64. Asks
+        for the scope `introspect`.
+        """
+
+    @_builtins.property
+    def edits(self) -> _containers.RepeatedCompositeFieldContainer[_edit_pb2.Edit]:
+        """Changes of inner values as they are computed, at most 16, made in this order at each point. Asks for the scope
+        `edit`. The prefix cache keeps edited positions, and what follows them, apart.
+        """
 
     def __init__(
         self,
@@ -104,15 +124,20 @@ class GenerateRequest(_message.Message):
         skip_special_tokens: _builtins.bool | None = ...,
         echo: _builtins.bool | None = ...,
         prefix_caching: _builtins.bool | None = ...,
+        captures: _abc.Iterable[_capture_pb2.Capture] | None = ...,
+        max_capture_bytes: _builtins.int | None = ...,
+        edits: _abc.Iterable[_edit_pb2.Edit] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_echo", b"_echo", "_parse_special_tokens", b"_parse_special_tokens", "_prefix_caching", b"_prefix_caching", "_skip_special_tokens", b"_skip_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "echo", b"echo", "parse_special_tokens", b"parse_special_tokens", "prefix_caching", b"prefix_caching", "prompt", b"prompt", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_echo", b"_echo", "_max_capture_bytes", b"_max_capture_bytes", "_parse_special_tokens", b"_parse_special_tokens", "_prefix_caching", b"_prefix_caching", "_skip_special_tokens", b"_skip_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "echo", b"echo", "max_capture_bytes", b"max_capture_bytes", "parse_special_tokens", b"parse_special_tokens", "prefix_caching", b"prefix_caching", "prompt", b"prompt", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_echo", b"_echo", "_parse_special_tokens", b"_parse_special_tokens", "_prefix_caching", b"_prefix_caching", "_skip_special_tokens", b"_skip_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "echo", b"echo", "parse_special_tokens", b"parse_special_tokens", "prefix_caching", b"prefix_caching", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_echo", b"_echo", "_max_capture_bytes", b"_max_capture_bytes", "_parse_special_tokens", b"_parse_special_tokens", "_prefix_caching", b"_prefix_caching", "_skip_special_tokens", b"_skip_special_tokens", "add_special_tokens", b"add_special_tokens", "captures", b"captures", "chat", b"chat", "echo", b"echo", "edits", b"edits", "max_capture_bytes", b"max_capture_bytes", "parse_special_tokens", b"parse_special_tokens", "prefix_caching", b"prefix_caching", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
     _WhichOneofReturnType__echo: _TypeAlias = _typing.Literal["echo"]  # noqa: Y015
     _WhichOneofArgType__echo: _TypeAlias = _typing.Literal["_echo", b"_echo"]  # noqa: Y015
+    _WhichOneofReturnType__max_capture_bytes: _TypeAlias = _typing.Literal["max_capture_bytes"]  # noqa: Y015
+    _WhichOneofArgType__max_capture_bytes: _TypeAlias = _typing.Literal["_max_capture_bytes", b"_max_capture_bytes"]  # noqa: Y015
     _WhichOneofReturnType__parse_special_tokens: _TypeAlias = _typing.Literal["parse_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__parse_special_tokens: _TypeAlias = _typing.Literal["_parse_special_tokens", b"_parse_special_tokens"]  # noqa: Y015
     _WhichOneofReturnType__prefix_caching: _TypeAlias = _typing.Literal["prefix_caching"]  # noqa: Y015
@@ -125,6 +150,8 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__add_special_tokens) -> _WhichOneofReturnType__add_special_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__echo) -> _WhichOneofReturnType__echo | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_capture_bytes) -> _WhichOneofReturnType__max_capture_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__parse_special_tokens) -> _WhichOneofReturnType__parse_special_tokens | None: ...
     @_typing.overload
@@ -414,6 +441,8 @@ class GenerateResponse(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    TENSOR_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> Global___Started:
         """The first message."""
@@ -430,6 +459,14 @@ class GenerateResponse(_message.Message):
     def finished(self) -> Global___Finished:
         """The last message."""
 
+    @_builtins.property
+    def tensor(self) -> _tensor_pb2.TensorHeader:
+        """A captured tensor: what it is. It comes before the token that its rows led to."""
+
+    @_builtins.property
+    def chunk(self) -> _tensor_pb2.TensorChunk:
+        """A captured tensor's bytes."""
+
     def __init__(
         self,
         *,
@@ -437,12 +474,14 @@ class GenerateResponse(_message.Message):
         prompt_logprobs: Global___PromptLogprobs | None = ...,
         delta: Global___Delta | None = ...,
         finished: Global___Finished | None = ...,
+        tensor: _tensor_pb2.TensorHeader | None = ...,
+        chunk: _tensor_pb2.TensorChunk | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "prompt_logprobs", b"prompt_logprobs", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "delta", b"delta", "event", b"event", "finished", b"finished", "prompt_logprobs", b"prompt_logprobs", "started", b"started", "tensor", b"tensor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "prompt_logprobs", b"prompt_logprobs", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "delta", b"delta", "event", b"event", "finished", b"finished", "prompt_logprobs", b"prompt_logprobs", "started", b"started", "tensor", b"tensor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "prompt_logprobs", "delta", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "prompt_logprobs", "delta", "finished", "tensor", "chunk"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -461,6 +500,8 @@ class Started(_message.Message):
     KERNELS_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
+    KV_DTYPE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's name, for Abort."""
     prompt_tokens: _builtins.int
@@ -475,6 +516,10 @@ class Started(_message.Message):
     """What they compute in, as safetensors names it: "F32", "BF16", "F16"."""
     seed: _builtins.int
     """The seed in force, drawn by the server if none was given."""
+    quantization: _builtins.str
+    """How weights are rounded, as in GetModelResponse."""
+    kv_dtype: _builtins.str
+    """What keys and values are stored in, as in GetModelResponse."""
     def __init__(
         self,
         *,
@@ -485,10 +530,12 @@ class Started(_message.Message):
         kernels: _builtins.str = ...,
         dtype: _builtins.str = ...,
         seed: _builtins.int = ...,
+        quantization: _builtins.str = ...,
+        kv_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "dtype", b"dtype", "kernels", b"kernels", "model_hash", b"model_hash", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "dtype", b"dtype", "kernels", b"kernels", "kv_dtype", b"kv_dtype", "model_hash", b"model_hash", "prompt_tokens", b"prompt_tokens", "quantization", b"quantization", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1066,6 +1113,8 @@ class GetModelResponse(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     DEFAULT_SAMPLING_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
+    KV_DTYPE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name it is served under."""
     model_hash: _builtins.str
@@ -1078,6 +1127,10 @@ class GetModelResponse(_message.Message):
     """What they compute in: "F32", "BF16", "F16"."""
     device: _builtins.str
     """"cpu" or "cuda"."""
+    quantization: _builtins.str
+    """How weights are rounded: "none", "int8", "int4", or "as-is" and the GGUF types that are served so."""
+    kv_dtype: _builtins.str
+    """What the cache holds keys and values in: "F32", "BF16", "F16", or with scales "I8" or "F8_E4M3"."""
     @_builtins.property
     def architecture(self) -> Global___Architecture:
         """The network."""
@@ -1107,10 +1160,12 @@ class GetModelResponse(_message.Message):
         limits: Global___Limits | None = ...,
         text: Global___TextInfo | None = ...,
         default_sampling: Global___SamplingParams | None = ...,
+        quantization: _builtins.str = ...,
+        kv_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "default_sampling", b"default_sampling", "limits", b"limits", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "default_sampling", b"default_sampling", "device", b"device", "dtype", b"dtype", "kernels", b"kernels", "limits", b"limits", "model_hash", b"model_hash", "name", b"name", "server_version", b"server_version", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "default_sampling", b"default_sampling", "device", b"device", "dtype", b"dtype", "kernels", b"kernels", "kv_dtype", b"kv_dtype", "limits", b"limits", "model_hash", b"model_hash", "name", b"name", "quantization", b"quantization", "server_version", b"server_version", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1190,6 +1245,21 @@ class Limits(_message.Message):
     TOTAL_PAGES_FIELD_NUMBER: _builtins.int
     MAX_N_FIELD_NUMBER: _builtins.int
     MAX_LOGPROBS_FIELD_NUMBER: _builtins.int
+    MAX_PROMPT_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_CHAT_MESSAGES_FIELD_NUMBER: _builtins.int
+    MAX_STOPS_FIELD_NUMBER: _builtins.int
+    MAX_STOP_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    MAX_BAD_WORDS_FIELD_NUMBER: _builtins.int
+    MAX_BAD_WORD_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_BAD_WORD_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_LOGIT_BIASES_FIELD_NUMBER: _builtins.int
+    MAX_DETOKENIZED_FIELD_NUMBER: _builtins.int
+    MAX_ANSWER_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_BACKLOG_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_STREAMS_FIELD_NUMBER: _builtins.int
+    MAX_CALLS_FIELD_NUMBER: _builtins.int
     max_context: _builtins.int
     """Tokens of prompt and completion together."""
     max_running: _builtins.int
@@ -1206,6 +1276,36 @@ class Limits(_message.Message):
     """Largest n: 128, or max_running if that is less."""
     max_logprobs: _builtins.int
     """Largest logprobs and prompt_logprobs."""
+    max_prompt_bytes: _builtins.int
+    """Bytes of UTF-8 in a text, or in the roles and contents of a conversation."""
+    max_message_bytes: _builtins.int
+    """Bytes of one encoded request."""
+    max_chat_messages: _builtins.int
+    """Turns of a conversation."""
+    max_stops: _builtins.int
+    """Texts in `stop`."""
+    max_stop_bytes: _builtins.int
+    """Bytes of each."""
+    max_stop_token_ids: _builtins.int
+    """Ids in `stop_token_ids`."""
+    max_bad_words: _builtins.int
+    """Texts in `bad_words`."""
+    max_bad_word_bytes: _builtins.int
+    """Bytes of each."""
+    max_bad_word_tokens: _builtins.int
+    """Tokens of each."""
+    max_logit_biases: _builtins.int
+    """Entries of `logit_bias`."""
+    max_detokenized: _builtins.int
+    """Ids in one Detokenize."""
+    max_answer_bytes: _builtins.int
+    """Bytes of the answer to Tokenize and Detokenize."""
+    max_backlog_bytes: _builtins.int
+    """Bytes held for a reader that does not read; over it the request ends. An echo may fill half of it."""
+    max_streams: _builtins.int
+    """Calls that one connection may have open."""
+    max_calls: _builtins.int
+    """Calls that you may have open at a time, by your credentials. Unset: no such limit."""
     def __init__(
         self,
         *,
@@ -1217,12 +1317,29 @@ class Limits(_message.Message):
         total_pages: _builtins.int = ...,
         max_n: _builtins.int = ...,
         max_logprobs: _builtins.int = ...,
+        max_prompt_bytes: _builtins.int = ...,
+        max_message_bytes: _builtins.int = ...,
+        max_chat_messages: _builtins.int = ...,
+        max_stops: _builtins.int = ...,
+        max_stop_bytes: _builtins.int = ...,
+        max_stop_token_ids: _builtins.int = ...,
+        max_bad_words: _builtins.int = ...,
+        max_bad_word_bytes: _builtins.int = ...,
+        max_bad_word_tokens: _builtins.int = ...,
+        max_logit_biases: _builtins.int = ...,
+        max_detokenized: _builtins.int = ...,
+        max_answer_bytes: _builtins.int = ...,
+        max_backlog_bytes: _builtins.int = ...,
+        max_streams: _builtins.int = ...,
+        max_calls: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_calls", b"_max_calls", "max_calls", b"max_calls"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_batch_tokens", b"max_batch_tokens", "max_context", b"max_context", "max_logprobs", b"max_logprobs", "max_n", b"max_n", "max_queued", b"max_queued", "max_running", b"max_running", "page_size", b"page_size", "total_pages", b"total_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_calls", b"_max_calls", "max_answer_bytes", b"max_answer_bytes", "max_backlog_bytes", b"max_backlog_bytes", "max_bad_word_bytes", b"max_bad_word_bytes", "max_bad_word_tokens", b"max_bad_word_tokens", "max_bad_words", b"max_bad_words", "max_batch_tokens", b"max_batch_tokens", "max_calls", b"max_calls", "max_chat_messages", b"max_chat_messages", "max_context", b"max_context", "max_detokenized", b"max_detokenized", "max_logit_biases", b"max_logit_biases", "max_logprobs", b"max_logprobs", "max_message_bytes", b"max_message_bytes", "max_n", b"max_n", "max_prompt_bytes", b"max_prompt_bytes", "max_queued", b"max_queued", "max_running", b"max_running", "max_stop_bytes", b"max_stop_bytes", "max_stop_token_ids", b"max_stop_token_ids", "max_stops", b"max_stops", "max_streams", b"max_streams", "page_size", b"page_size", "total_pages", b"total_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_calls: _TypeAlias = _typing.Literal["max_calls"]  # noqa: Y015
+    _WhichOneofArgType__max_calls: _TypeAlias = _typing.Literal["_max_calls", b"_max_calls"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_calls) -> _WhichOneofReturnType__max_calls | None: ...
 
 Global___Limits: _TypeAlias = Limits  # noqa: Y015
 

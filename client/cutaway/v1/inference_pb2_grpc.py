@@ -75,7 +75,8 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Ends a queued or running request, whoever asked for it; its stream ends with finish reason ABORT.
+        """Ends a queued or running request, whoever asked for it; its stream ends with finish reason ABORT. One whose prompt
+        is still being turned into tokens ends so as soon as that is done.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

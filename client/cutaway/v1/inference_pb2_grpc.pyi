@@ -38,7 +38,9 @@ class InferenceStub:
     `prompt_logprobs`), the last is `finished`. Cancelling the call frees everything within one engine step.
     """
     Abort: _grpc.UnaryUnaryMultiCallable[_inference_pb2.AbortRequest, _inference_pb2.AbortResponse]
-    """Ends a queued or running request, whoever asked for it; its stream ends with finish reason ABORT."""
+    """Ends a queued or running request, whoever asked for it; its stream ends with finish reason ABORT. One whose prompt
+    is still being turned into tokens ends so as soon as that is done.
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Turns text into token ids, without running the model."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
@@ -56,7 +58,9 @@ class InferenceAsyncStub(InferenceStub):
     `prompt_logprobs`), the last is `finished`. Cancelling the call frees everything within one engine step.
     """
     Abort: _aio.UnaryUnaryMultiCallable[_inference_pb2.AbortRequest, _inference_pb2.AbortResponse]  # type: ignore[assignment]
-    """Ends a queued or running request, whoever asked for it; its stream ends with finish reason ABORT."""
+    """Ends a queued or running request, whoever asked for it; its stream ends with finish reason ABORT. One whose prompt
+    is still being turned into tokens ends so as soon as that is done.
+    """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns text into token ids, without running the model."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
@@ -83,7 +87,9 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.AbortRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.AbortResponse, _abc.Awaitable[_inference_pb2.AbortResponse]]:
-        """Ends a queued or running request, whoever asked for it; its stream ends with finish reason ABORT."""
+        """Ends a queued or running request, whoever asked for it; its stream ends with finish reason ABORT. One whose prompt
+        is still being turned into tokens ends so as soon as that is done.
+        """
 
     @_abc_1.abstractmethod
     def Tokenize(

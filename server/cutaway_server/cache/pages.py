@@ -1,6 +1,7 @@
 """The tensors behind the blocks: keys and values of every layer, in pages.
 
-They are stored in the model's dtype, or in 8 bits (int8 or e4m3) with one fp32 scale for each vector of a head.
+They are stored as floats, as a rule in the model's dtype, or in 8 bits (int8 or e4m3) with one fp32 scale for each
+vector of a head.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from cutaway_server.architecture import ModelConfig
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # what 8 bits hold: stored with scales
+FORMATS = (torch.float32, torch.bfloat16, torch.float16, *LARGEST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,19 @@ class Pages:
     def page_size(self) -> int:
         """Tokens in a page."""
         return self.keys.shape[3]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page: keys and values of every layer, and their scales."""
+        parts = (self.keys, self.values, self.key_scales, self.value_scales)
+        return sum(part.nbytes for part in parts if part is not None) // self.n_pages
+
+    def gather(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [n, kv_heads, d_head] of a layer at slots [n]: copies, as stored; fp32 if that is 8 bits."""
+        index = (slots // self.page_size, slice(None), slots % self.page_size)
+        if self.key_scales is not None:
+            return self.keys_of(layer, index), self.values_of(layer, index)
+        return self.keys[layer][index], self.values[layer][index]
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy whole pages, every layer; `source` and `target` are [n] page numbers and do not overlap."""

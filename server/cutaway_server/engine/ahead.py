@@ -88,7 +88,7 @@ class AheadEngine(Engine):
             sequence = work.sequence
             live = self.live.get(sequence.request.request_id)
             decodes = work.stop - work.start == 1 and work.samples and work.start >= sequence.prompt_length
-            if not decodes or live is None or live.prompt is not None:
+            if not decodes or live is None or live.prompt is not None or live.request.probed:
                 return None
             found.append(Draw(live, live.completions[sequence.index], row, self.steps + 1))
         if not found:
@@ -110,6 +110,7 @@ class AheadEngine(Engine):
         self.observed.mark(REPORT)
         events = [] if before is None else self._tell(before)
         self.observed.step(schedule)
+        self.watched.computed(schedule, self.steps)
         return events
 
     def _land(self) -> Events:

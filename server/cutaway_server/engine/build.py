@@ -22,11 +22,12 @@ from cutaway_server.engine.engine import Engine
 from cutaway_server.engine.memory import available_bytes, count_pages
 from cutaway_server.engine.observed import Observed
 from cutaway_server.engine.quantize import AS_IS, check_quantize, quantization, rounding_of
+from cutaway_server.engine.retained import Retained
 from cutaway_server.errors import ModelError
 from cutaway_server.kernels.cpu import DTYPES as CPU_DTYPES
 from cutaway_server.kernels.cpu import CpuKernels
 from cutaway_server.kernels.dequantise import dequantised
-from cutaway_server.kernels.interface import Kernels
+from cutaway_server.kernels.interface import OpenKernels
 from cutaway_server.kernels.library import load_library
 from cutaway_server.kernels.reference import ReferenceKernels
 from cutaway_server.kernels.rounding import NO_ROUNDING, Rounding
@@ -39,7 +40,10 @@ from cutaway_server.scheduler import Scheduler
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WIRE_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+KV_DTYPES = {**DTYPES, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+WIRE_DTYPES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,7 @@ class EngineFacts:
     kernels: str
     dtype: str  # as safetensors names it
     quantization: str  # "none", "int8", "int4", "as-is: Q4_1, Q8_0"
+    kv_dtype: str  # of keys and values in the cache, likewise
     device: str
     max_context: int
     max_running: int
@@ -86,18 +91,20 @@ def build_engine(
         batch_invariant=config.batch_invariant,
     )  # fmt: skip
     del weights  # the kernels have them now, packed or as they were
-    pages = _pages(config, checkpoint.config, context, dtype, device)
+    kv_dtype = choose_kv_dtype(config.kv_dtype, dtype, kernels)
+    pages = _pages(config, checkpoint.config, context, kv_dtype, device)
     engine = _engine(config, kernels, pages, context)
     warm_up(engine)
+    engine.retained = Retained(engine.scheduler.pool, pages.page_bytes, config.retain_bytes, config.retain_seconds)
     facts = EngineFacts(
-        checkpoint.config, model_hash, n_parameters, kernels.name, WIRE_DTYPES[dtype], quantized, device.type,
-        context, config.max_running, config.max_queued, config.max_batch_tokens, config.page_size, pages.n_pages - 1,
-        checkpoint.eos_token_ids, checkpoint.defaults,
+        checkpoint.config, model_hash, n_parameters, kernels.name, WIRE_DTYPES[dtype], quantized,
+        WIRE_DTYPES[kv_dtype], device.type, context, config.max_running, config.max_queued, config.max_batch_tokens,
+        config.page_size, pages.n_pages - 1, checkpoint.eos_token_ids, checkpoint.defaults,
     )  # fmt: skip
     log.info(
-        "%s: %d parameters in %s (quantised: %s) on %s, %s kernels, %d pages of %d tokens",
+        "%s: %d parameters in %s (quantised: %s) on %s, %s kernels, %d pages of %d tokens in %s",
         checkpoint.config.family, facts.n_parameters, facts.dtype, facts.quantization, facts.device,
-        facts.kernels, facts.total_pages, facts.page_size,
+        facts.kernels, facts.total_pages, facts.page_size, facts.kv_dtype,
     )  # fmt: skip
     return engine, facts
 
@@ -128,7 +135,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def choose_kernels(
     name: str, model: ModelConfig, weights: Weights, context: int, dtype: torch.dtype | None = None,
     rounding: Rounding = NO_ROUNDING, *, batch_invariant: bool = False,
-) -> Kernels:  # fmt: skip
+) -> OpenKernels:  # fmt: skip
     """The operations asked for; auto takes the fastest that run. They take the weights over.
 
     `dtype` is what weights that are all quantised are computed beside; `rounding` is what becomes of float ones.
@@ -155,9 +162,22 @@ def choose_kernels(
     return ReferenceKernels(model, dequantised(weights, dtype, rounding), context)
 
 
+def choose_kv_dtype(name: str, dtype: torch.dtype, kernels: OpenKernels) -> torch.dtype:
+    """What pages hold, as asked for; auto is `dtype`, which the model is computed in.
+
+    Raises:
+        ModelError: the kernels cannot read that.
+    """
+    chosen = KV_DTYPES.get(name, dtype)
+    if chosen not in kernels.page_dtypes:
+        known = ", ".join(known for known, kind in KV_DTYPES.items() if kind in kernels.page_dtypes)
+        raise ModelError(f"--kv-dtype {name}: {kernels.name} kernels read {known} here")
+    return chosen
+
+
 def _cuda_kernels(
     name: str, model: ModelConfig, weights: Weights, context: int, *, batch_invariant: bool
-) -> Kernels | None:
+) -> OpenKernels | None:
     """The Triton kernels; None, after a warning, if there is no Triton and nobody insists on it."""
     try:
         from cutaway_server.kernels.cuda.operations import CudaKernels
@@ -172,7 +192,7 @@ def _cuda_kernels(
     return CudaKernels(model, weights, context, batch_invariant=batch_invariant)
 
 
-def _engine(config: Config, kernels: Kernels, pages: Pages, context: int) -> Engine:
+def _engine(config: Config, kernels: OpenKernels, pages: Pages, context: int) -> Engine:
     """The engine for these kernels: one that runs ahead of the host where steps can be recorded."""
     device, scheduler = pages.keys.device, _scheduler(config, pages, context)
     if device.type != "cuda" or isinstance(kernels, ReferenceKernels):

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -14,10 +14,14 @@ import torch
 
 from cutaway_server.cache.pages import Pages
 from cutaway_server.engine.batch import BatchBuilder
+from cutaway_server.engine.looking import probe_of
 from cutaway_server.engine.observed import FORWARD, PREPARE, REPORT, SAMPLE, SCHEDULE, Observed
 from cutaway_server.engine.requests import Completion, LiveRequest
+from cutaway_server.engine.retained import Retained, Run
 from cutaway_server.engine.scoring import score
+from cutaway_server.engine.watched import Watched
 from cutaway_server.errors import CutawayError, DeadlineExceeded, EngineFailed
+from cutaway_server.model.probed import Probe
 from cutaway_server.model.transformer import Transformer
 from cutaway_server.request import (
     CompletionEnded,
@@ -31,7 +35,7 @@ from cutaway_server.request import (
     SamplingParams,
     Started,
 )  # fmt: skip
-from cutaway_server.sampler import BatchMaker, SampledBatch, SamplerState, sample
+from cutaway_server.sampler import BatchMaker, SampledBatch, SamplerState, masks, sample
 from cutaway_server.scheduler import Schedule, Scheduler, Work
 
 log = logging.getLogger(__name__)
@@ -48,6 +52,12 @@ class Draw:
     row: int
     step: int
 
+    @property
+    def forced(self) -> int | None:
+        """The token that the request wants in place of the one sampled."""
+        overrides, sequence = self.live.request.edits.overrides, self.completion.sequence
+        return dict(overrides).get(len(sequence.tokens) - sequence.prompt_length) if overrides else None
+
 
 class Engine:
     """Computes the completions of all requests together, a step at a time."""
@@ -62,6 +72,8 @@ class Engine:
         self.live: dict[str, LiveRequest] = {}
         self.steps = 0
         self.observed = Observed(scheduler.max_context)
+        self.retained = Retained(scheduler.pool)
+        self.watched = Watched(scheduler)
 
     @property
     def has_work(self) -> bool:
@@ -107,7 +119,10 @@ class Engine:
         self.steps += 1
         wanted = [_wanted(work) for work in schedule.work]
         self.observed.mark(SCHEDULE)
-        residual = self._compute(schedule, wanted)
+        probe = probe_of(schedule, self.live, self.model.kernels, self.pages.keys.device, self.steps)
+        residual = self._compute(schedule, wanted, probe)
+        if probe is not None:
+            events += self._captured(probe)
         self.scheduler.complete(schedule)
         draws: list[Draw] = []
         for work, count, end in zip(schedule.work, wanted, accumulate(wanted), strict=True):
@@ -121,15 +136,26 @@ class Engine:
         self.scheduler.pace.note(schedule.decodes, schedule.prompt_rows, time.monotonic() - begun)
         self.observed.mark(SAMPLE)
         self.observed.step(schedule)
+        self.watched.computed(schedule, self.steps)
         return events
 
-    def _compute(self, schedule: Schedule, wanted: list[int]) -> torch.Tensor:
+    def _compute(self, schedule: Schedule, wanted: list[int], probe: Probe | None) -> torch.Tensor:
         """The last residuals of the wanted rows, so many at the end of each work, one after the other."""
         self._copy(schedule)
         batch = self.builder.build(schedule.work, wanted)
-        residual = self.model.forward(batch, self.pages, self._prepared)
+        residual = self.model.forward(batch, self.pages, self._prepared, probe)
         self.observed.mark(FORWARD)
         return residual
+
+    def _captured(self, probe: Probe) -> Events:
+        """What was seen in a step; a request for which that failed ends."""
+        events: Events = []
+        for request_id, found in probe.recorder.pieces():
+            if isinstance(found, Exception):
+                events += self.fail(request_id, found)
+            elif request_id in self.live:
+                events.append((request_id, found))
+        return events
 
     def _prepared(self) -> None:
         self.observed.mark(PREPARE)
@@ -151,6 +177,7 @@ class Engine:
         for sequence, cached_tokens in schedule.started:
             live = self.live[sequence.request.request_id]
             live.started = time.monotonic()
+            live.cached_tokens = cached_tokens
             self.observed.started(live.request, cached_tokens, looked_up=self.scheduler.looks_up(live.request))
             yield live.request.request_id, Started(cached_tokens)
         for sequence in schedule.preempted:
@@ -224,7 +251,17 @@ class Engine:
             residual = residual[torch.tensor(rows, device=residual.device)]
         states = [draw.completion.sampler for draw in draws]
         positions = [len(draw.completion.sequence.tokens) for draw in draws]
-        return list(_to_host(sample(self.model.logits(residual), self._batches.make(states, positions))))
+        batch = self._batches.make(states, positions)
+        if (forced := self._forced(draws)) is not None:
+            batch = replace(batch, mask=forced)
+        return list(_to_host(sample(self.model.logits(residual), batch)))
+
+    def _forced(self, draws: Items[Draw]) -> torch.Tensor | None:
+        """A mask that leaves one token where a request overrides what is sampled; None: nowhere."""
+        forced = [draw.forced for draw in draws]
+        if all(token is None for token in forced):
+            return None
+        return masks(forced, self.model.config.d_vocab).to(self.pages.keys.device)
 
     def _advance(self, draw: Draw, token: int, logprobs: Logprobs | None) -> Iterator[tuple[str, Event]]:
         """Take a drawn token into its completion, and end that if it is the last."""
@@ -251,10 +288,18 @@ class Engine:
         request_id = live.request.request_id
         events: Events = [(request_id, CompletionEnded(index, reason, stop))]
         if (completion := live.completions.pop(index, None)) is not None:
+            stopped = reason is FinishReason.ABORT and self.observed.has_stopped(request_id, index)
+            ended = self.retained.end(completion.sequence, FinishReason.STOP if stopped else reason)
+            if ended is not None:
+                live.ended.append(ended)
             self.scheduler.finish(completion.sequence)
         if not live.open:
             self._release(live)
-            events.append((request_id, RequestEnded(live.timings())))
+            timings = live.timings()
+            if live.ended:
+                kept = tuple(sorted(live.ended, key=lambda completion: completion.index))
+                self.retained.add(Run(live.request, kept, live.cached_tokens, timings, time.monotonic()))
+            events.append((request_id, RequestEnded(timings)))
         return events
 
     def fail(self, request_id: str, error: Exception) -> Events:
@@ -265,6 +310,8 @@ class Engine:
         if not isinstance(error, DeadlineExceeded):
             log.error("request %s failed in step %d", request_id, self.steps, exc_info=error)
         self._release(live)
+        for completion in live.ended:
+            self.retained.let_go(completion)
         told = error if isinstance(error, CutawayError) else EngineFailed("the computation of this request failed")
         return [(request_id, RequestFailed(told))]
 

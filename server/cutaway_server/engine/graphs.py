@@ -24,14 +24,15 @@ from cutaway_server.engine.packed import Packed, Size, elements
 from cutaway_server.kernels.batch import Batch
 from cutaway_server.kernels.cuda.launch import power_of_two
 from cutaway_server.kernels.cuda.work import SPLIT, Splits, split_arrays
-from cutaway_server.kernels.interface import Kernels
+from cutaway_server.kernels.interface import OpenKernels
 from cutaway_server.kernels.plan import Plan
+from cutaway_server.model.probed import Probe
 from cutaway_server.model.transformer import Transformer
 
 Integers = NDArray[np.int64]
 
 
-class RecordableKernels(Kernels, Protocol):
+class RecordableKernels(OpenKernels, Protocol):
     """Kernels whose plan can be made without looking at the batch."""
 
     def plan_of(self, batch: Batch, work: tuple[Splits, ...], prompts: Tensor | None = None) -> Plan:
@@ -189,10 +190,12 @@ class GraphedTransformer(Transformer):
         super().__init__(graphs.kernels)
         self._graphs = graphs
 
-    def forward(self, batch: Batch, pages: Pages, before_layers: Callable[[], None] = lambda: None) -> Tensor:
+    def forward(
+        self, batch: Batch, pages: Pages, before_layers: Callable[[], None] = lambda: None, probe: Probe | None = None
+    ) -> Tensor:
         """As `Transformer.forward`, of a batch on the host; to be used before the next step is launched."""
-        if pages is not self._graphs.pages or not self._graphs.fits(batch):
-            return super().forward(batch, pages, before_layers)
+        if pages is not self._graphs.pages or not self._graphs.fits(batch) or probe is not None:
+            return super().forward(batch, pages, before_layers, probe)
         residual = self._graphs.launch(batch).residual
         before_layers()
         return residual

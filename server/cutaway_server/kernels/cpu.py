@@ -23,7 +23,7 @@ from cutaway_server.kernels.native_matrix import NativeMatrix
 from cutaway_server.kernels.packing import AnyPacked, pack, pack_gated
 from cutaway_server.kernels.packing_quantized import PackedStack
 from cutaway_server.kernels.plan import Plan, all_frequencies, rotations
-from cutaway_server.kernels.reference import Added, AttentionInput, MlpInput, Normed
+from cutaway_server.kernels.reference import Added, AttentionInput, Embedded, MlpInput, Normed, turned
 from cutaway_server.kernels.rounding import NO_ROUNDING, Rounding
 from cutaway_server.kernels.weight_memory import WeightMemory
 from cutaway_server.kernels.weights import LayerWeights, Norm, Weights, embedding, served_dtype
@@ -47,6 +47,8 @@ class CpuPlan(Plan):
 
 class CpuKernels:
     """The native library's operations for one model in bf16 or fp32."""
+
+    page_dtypes = PAGE_FORMATS
 
     def __init__(
         self, config: ModelConfig, weights: Weights, context: int, library: Library, variant: str | None = None,
@@ -75,6 +77,7 @@ class CpuKernels:
         self._embed = None if self._tied else weights.embed
         self._positions = weights.positions
         self._shape = _shape(config, self._dtype, threads or torch.get_num_threads())
+        self._qk_norms = [(layer.q_norm, layer.k_norm) for layer in weights.layers]
         layers = [self._layer(i, layer) for i, layer in enumerate(weights.layers)]
         self._all_layers = (CLayer * len(layers))(*layers)
         self._layer_at = _addresses(self._all_layers)
@@ -103,12 +106,16 @@ class CpuKernels:
 
     def embed(self, plan: Plan) -> Tensor:
         """Token (and learned position) embeddings: the first residual [T, d_model]."""
+        return self.open_embed(plan).residual
+
+    def open_embed(self, plan: Plan) -> Embedded:
+        """The embeddings one by one."""
         ids = plan.batch.token_ids
         rows = self._unembed.rows(ids) if self._embed is None else embedding(ids, self._embed)
-        residual = rows.float() * self.config.embed_scale
-        if self._positions is not None:
-            residual = residual + F.embedding(plan.batch.positions, self._positions).float()
-        return residual
+        tokens = rows.float() * self.config.embed_scale
+        if self._positions is None:
+            return Embedded(tokens, None)
+        return Embedded(tokens, F.embedding(plan.batch.positions, self._positions).float())
 
     def layers(self, first: int, stop: int, residual: Tensor, plan: Plan, pages: Pages) -> Tensor:
         """Layers [first, stop), in which nobody looks or edits: the operations below, in order, and their bits."""
@@ -136,6 +143,11 @@ class CpuKernels:
         rot_q = self._attend_input(layer, residual, plan, None, joined, rot_k, norm)
         q, k, v = torch.split(joined, [config.n_heads, config.n_kv_heads, config.n_kv_heads], dim=1)
         return AttentionInput(_values(norm), q, k, v, rot_q, rot_k)
+
+    def turn(self, layer: int, q: Tensor, k: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """QK-norm and rotation of queries and keys fp32, in plain torch: only for rows whose q or k was changed."""
+        q_norm, k_norm = self._qk_norms[layer]
+        return turned(self.config, layer, q, q_norm, plan), turned(self.config, layer, k, k_norm, plan)
 
     def _attend_input(
         self, layer: int, residual: Tensor, plan: Plan, pages: int | None, joined: Tensor | None, rot_k: Tensor | None,
@@ -236,6 +248,16 @@ class CpuKernels:
         matrix, norm = (ctypes.addressof(part) for part in self._final)
         self._unembed_native(self._shape_at, matrix, norm, len(residual), residual.data_ptr(), logits.data_ptr(), None)
         return logits
+
+    def open_unembed(self, residual: Tensor) -> tuple[Normed, Tensor]:
+        """The final norm's values, and the logits."""
+        residual = _plain(residual)
+        logits, opened = residual.new_empty(len(residual), self.config.d_vocab), _OpenNorm.like(residual)
+        matrix, norm = (ctypes.addressof(part) for part in self._final)
+        self._unembed_native(
+            self._shape_at, matrix, norm, len(residual), residual.data_ptr(), logits.data_ptr(), opened.at
+        )
+        return opened.values, logits
 
     def _layer(self, i: int, w: LayerWeights) -> CLayer:
         here = self.config.layers[i]

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from cutaway_server.architecture import ModelConfig
 from cutaway_server.cache.pages import Pages
 from cutaway_server.kernels.batch import Batch
 from cutaway_server.kernels.plan import Plan
+from cutaway_server.kernels.reference import Added, AttentionInput, Embedded, MlpInput, Normed
 
 
 class Kernels(Protocol):
@@ -20,6 +22,10 @@ class Kernels(Protocol):
 
     name: str
     config: ModelConfig
+
+    @property
+    def page_dtypes(self) -> tuple[torch.dtype, ...]:
+        """What pages may hold."""
 
     def plan(self, batch: Batch) -> Plan:
         """What all layers of one step share."""
@@ -52,3 +58,31 @@ class Kernels(Protocol):
         self, layer: int, q: Tensor, lse: Tensor, rows: Tensor, heads: Tensor, plan: Plan, pages: Pages
     ) -> Tensor:
         """Probabilities of selected (row, head) pairs, from the pages and the log-sum-exp: [pairs, longest length]."""
+
+
+class OpenKernels(Kernels, Protocol):
+    """Kernels that can be looked into: the open form of an operation gives every value on the way, and the same bits.
+
+    Open forms compute the rows they are given and store nothing.
+    """
+
+    def open_embed(self, plan: Plan) -> Embedded:
+        """The embeddings one by one."""
+
+    def open_attention_input(self, layer: int, residual: Tensor, plan: Plan) -> AttentionInput:
+        """Norm, QKV, QK-norm, rotation: every value."""
+
+    def turn(self, layer: int, q: Tensor, k: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """QK-norm and rotation of queries and keys fp32."""
+
+    def open_attention_output(self, layer: int, z: Tensor, residual: Tensor) -> Added:
+        """W_O, post-norm, residual: every value."""
+
+    def open_mlp_input(self, layer: int, residual: Tensor) -> MlpInput:
+        """Norm, gate and up, activation: every value."""
+
+    def open_mlp_output(self, layer: int, hidden: Tensor, residual: Tensor) -> Added:
+        """Down, post-norm, residual: every value."""
+
+    def open_unembed(self, residual: Tensor) -> tuple[Normed, Tensor]:
+        """The final norm's values, and the logits."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cutaway_server.architecture import ModelConfig
-from cutaway_server.cache.pages import Pages
+from cutaway_server.cache.pages import FORMATS, Pages
 from cutaway_server.kernels import attention
 from cutaway_server.kernels.batch import Batch
 from cutaway_server.kernels.linear import linear
@@ -61,10 +61,24 @@ class Added:
     residual: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """Values of embed, fp32 [T, d_model]: of tokens, and of positions where those are learned."""
+
+    tokens: Tensor
+    positions: Tensor | None
+
+    @property
+    def residual(self) -> Tensor:
+        """The first residual."""
+        return self.tokens if self.positions is None else self.tokens + self.positions
+
+
 class ReferenceKernels:
     """Plain torch on any device. See `interface.Kernels` for what each operation does."""
 
     name = "reference"
+    page_dtypes = FORMATS
 
     def __init__(self, config: ModelConfig, weights: Weights, context: int) -> None:
         """`context` is the longest position served (NTK scaling depends on it). No matrix may be quantised."""
@@ -78,10 +92,14 @@ class ReferenceKernels:
 
     def embed(self, plan: Plan) -> Tensor:
         """Token (and learned position) embeddings: the first residual [T, d_model]."""
-        residual = embedding(plan.batch.token_ids, self.weights.embed).float() * self.config.embed_scale
-        if self.weights.positions is not None:
-            residual = residual + F.embedding(plan.batch.positions, self.weights.positions).float()
-        return residual
+        return self.open_embed(plan).residual
+
+    def open_embed(self, plan: Plan) -> Embedded:
+        """The embeddings one by one."""
+        tokens = embedding(plan.batch.token_ids, self.weights.embed).float() * self.config.embed_scale
+        if self.weights.positions is None:
+            return Embedded(tokens, None)
+        return Embedded(tokens, F.embedding(plan.batch.positions, self.weights.positions).float())
 
     def layers(self, first: int, stop: int, residual: Tensor, plan: Plan, pages: Pages) -> Tensor:
         """Layers [first, stop), in which nobody looks or edits: the operations below, in order."""
@@ -96,16 +114,17 @@ class ReferenceKernels:
     def open_attention_input(self, layer: int, residual: Tensor, plan: Plan) -> AttentionInput:
         """Norm, QKV, QK-norm, rotation: every value."""
         config, w = self.config, self.weights.layers[layer]
-        norm = None if w.norm1 is None else self.norm(residual, w.norm1)
-        joined = linear(residual if norm is None else norm.out, w.qkv, w.qkv_bias).float()
+        normed = None if w.norm1 is None else self.norm(residual, w.norm1)
+        joined = linear(residual if normed is None else normed.out, w.qkv, w.qkv_bias).float()
         heads = torch.unflatten(joined, -1, (-1, config.d_head))
         q, k, v = torch.split(heads, [config.n_heads, config.n_kv_heads, config.n_kv_heads], dim=1)
-        rot_q, rot_k = self._qk_norm(q, w.q_norm), self._qk_norm(k, w.k_norm)
-        if (rope := config.layers[layer].rope) is not None:
-            cos, sin = plan.rotations[rope]
-            rot_q = rotate(rot_q, cos, sin, interleaved=rope.interleaved)
-            rot_k = rotate(rot_k, cos, sin, interleaved=rope.interleaved)
-        return AttentionInput(norm, q, k, v, rot_q, rot_k)
+        rot_q, rot_k = self.turn(layer, q, k, plan)
+        return AttentionInput(normed, q, k, v, rot_q, rot_k)
+
+    def turn(self, layer: int, q: Tensor, k: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """QK-norm and rotation of queries and keys fp32."""
+        w = self.weights.layers[layer]
+        return turned(self.config, layer, q, w.q_norm, plan), turned(self.config, layer, k, w.k_norm, plan)
 
     def attention_input(self, layer: int, residual: Tensor, plan: Plan, pages: Pages) -> Tensor:
         """Norm, QKV, QK-norm, rotation; stores K and V; queries [T, heads, d_head]."""
@@ -139,12 +158,12 @@ class ReferenceKernels:
     def open_mlp_input(self, layer: int, residual: Tensor) -> MlpInput:
         """Norm, gate and up, activation: every value."""
         w = self.weights.layers[layer]
-        norm = None if w.norm2 is None else self.norm(residual, w.norm2)
-        joined = linear(residual if norm is None else norm.out, w.mlp_in, w.mlp_in_bias).float()
+        normed = None if w.norm2 is None else self.norm(residual, w.norm2)
+        joined = linear(residual if normed is None else normed.out, w.mlp_in, w.mlp_in_bias).float()
         if not self.config.gated:
-            return MlpInput(norm, joined, None, self._activate(joined))
+            return MlpInput(normed, joined, None, activated(self.config, joined))
         gate, up = joined.chunk(2, dim=-1)
-        return MlpInput(norm, gate, up, self._activate(gate) * up)
+        return MlpInput(normed, gate, up, activated(self.config, gate) * up)
 
     def mlp_input(self, layer: int, residual: Tensor) -> Tensor:
         """Norm, gate and up, activation: [T, d_mlp]."""
@@ -161,36 +180,50 @@ class ReferenceKernels:
 
     def unembed(self, residual: Tensor) -> Tensor:
         """Final norm, W_U, soft-cap: logits fp32 [rows, vocab]."""
+        return self.open_unembed(residual)[1]
+
+    def open_unembed(self, residual: Tensor) -> tuple[Normed, Tensor]:
+        """The final norm's values, and the logits."""
         normed = self.norm(residual, self.weights.final_norm)
-        return attention.soft_cap(linear(normed.out, self.weights.unembed).float(), self.config.logit_softcap)
+        return normed, attention.soft_cap(linear(normed.out, self.weights.unembed).float(), self.config.logit_softcap)
 
     def norm(self, x: Tensor, weights: Norm) -> Normed:
         """RMSNorm or LayerNorm over the last axis of x, fp32."""
-        if self.config.norm == "layer":
-            x = x - x.mean(-1, keepdim=True)
-        scale = (x.square().mean(-1, keepdim=True) + self.config.norm_eps).sqrt()
-        normalized = x / scale
-        out = normalized * weights.gain
-        if weights.bias is not None:
-            out = out + weights.bias
-        return Normed(scale, out if self.config.norm == "layer" else normalized, out)
-
-    def _qk_norm(self, x: Tensor, weights: Norm | None) -> Tensor:
-        if weights is None:
-            return x
-        if self.config.qk_norm == "head":
-            return self.norm(x, weights).out
-        return self.norm(x.flatten(1), weights).out.view_as(x)
+        return norm(self.config, x, weights)
 
     def _add(self, out: Tensor, post: Norm | None, residual: Tensor) -> Added:
         added = out.float()
-        norm = None if post is None else self.norm(added, post)
-        added = added if norm is None else norm.out
-        return Added(norm, added, residual + added)
+        normed = None if post is None else self.norm(added, post)
+        added = added if normed is None else normed.out
+        return Added(normed, added, residual + added)
 
-    def _activate(self, x: Tensor) -> Tensor:
-        if self.config.activation == "silu":
-            return F.silu(x)
-        if self.config.activation == "relu":
-            return F.relu(x)
-        return F.gelu(x, approximate="tanh" if self.config.activation == "gelu_tanh" else "none")
+
+def norm(config: ModelConfig, x: Tensor, weights: Norm) -> Normed:
+    """RMSNorm or LayerNorm over the last axis of x, fp32."""
+    if config.norm == "layer":
+        x = x - x.mean(-1, keepdim=True)
+    scale = (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
+    normalized = x / scale
+    out = normalized * weights.gain
+    if weights.bias is not None:
+        out = out + weights.bias
+    return Normed(scale, out if config.norm == "layer" else normalized, out)
+
+
+def turned(config: ModelConfig, layer: int, x: Tensor, weights: Norm | None, plan: Plan) -> Tensor:
+    """QK-norm and rotation of queries or keys x fp32 [T, heads, d_head]."""
+    if weights is not None:
+        x = norm(config, x if config.qk_norm == "head" else x.flatten(1), weights).out.view_as(x)
+    if (rope := config.layers[layer].rope) is not None:
+        cos, sin = plan.rotations[rope]
+        x = rotate(x, cos, sin, interleaved=rope.interleaved)
+    return x
+
+
+def activated(config: ModelConfig, x: Tensor) -> Tensor:
+    """The MLP's activation function of x."""
+    if config.activation == "silu":
+        return F.silu(x)
+    if config.activation == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if config.activation == "gelu_tanh" else "none")

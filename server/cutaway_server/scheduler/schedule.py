@@ -59,7 +59,7 @@ class Draft:
 
     def give_rows(self, sequence: Sequence) -> None:
         """Give `sequence` as many of its pending rows as the budget has."""
-        rows = min(self.budget, sequence.pending)
+        rows = sequence.run(self.budget)
         if rows:
             self.work.append(Work(sequence, sequence.next, sequence.next + rows, sequence.stored))
             self.budget -= rows

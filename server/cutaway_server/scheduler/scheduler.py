@@ -78,6 +78,11 @@ class Scheduler:
         """Number of sequences that wait, new or preempted."""
         return len(self.waiting)
 
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether prompts that begin alike share blocks."""
+        return self._prefix.enabled
+
     def looks_up(self, request: Request) -> bool:
         """Whether the prompt of `request` is looked for in the prefix cache."""
         return self._prefix.serves(request)
@@ -158,12 +163,15 @@ class Scheduler:
                 continue
             assert sequence.next == work.start, "a schedule is completed once, before the next is made"
             assert not sequence.promised, "nobody knows what was computed"
-            sequence.next = work.stop
+            sequence.told = max(sequence.told, work.stop)
             if work.start < sequence.prompt_length:
                 sequence.scored = max(sequence.scored, min(work.stop, sequence.prompt_length))
             if work.stop > work.stored:
                 sequence.stored = work.stop
                 self._prefix.publish(sequence, work.stored // self.pool.page_size)
+            sequence.next = work.stop
+            if work.stop < sequence.stored:
+                sequence.next = sequence.wanted_from(work.stop)
 
     def append(self, sequence: Sequence, token: int) -> None:
         """Commit a sampled token, to be computed next, or make known the one that was promised."""
@@ -200,10 +208,11 @@ class Scheduler:
             stored=sequence.stored,
             next=sequence.next,
             scored=sequence.scored,
+            told=sequence.told,
             digests=list(sequence.digests),
         )
         for block in twin.blocks:
-            self.pool.share(block)
+            self.pool.share(block, twin.owner)
         sequence.slots -= 1
         insort(self.running, twin, key=lambda sequence: sequence.order)
         self._time(twin)
@@ -280,12 +289,13 @@ class Scheduler:
     def _grow(self, sequence: Sequence, draft: Draft) -> None:
         if self._writes_shared(sequence):
             tail = sequence.stored // self.pool.page_size
-            shared, own = sequence.blocks[tail], self.pool.take()
+            shared = sequence.blocks[tail]
+            own = self.pool.take(sequence.owner, copy_of=shared)
             sequence.blocks = [*sequence.blocks[:tail], own, *sequence.blocks[tail + 1 :]]
-            self.pool.release(shared)
+            self.pool.release(shared, sequence.owner)
             draft.copies.append((shared, own))
         for _ in range(self._pages(len(sequence.tokens)) - len(sequence.blocks)):
-            sequence.blocks.append(self.pool.take())
+            sequence.blocks.append(self.pool.take(sequence.owner))
 
     def _admit(self, draft: Draft) -> None:
         free = self.max_running - self.n_running
@@ -315,21 +325,15 @@ class Scheduler:
             self._stalled = (sequence, available)
             return False
         for block in found:
-            self.pool.share(block)
-        sequence.blocks = found + [self.pool.take() for _ in range(fresh)]
+            self.pool.share(block, sequence.owner)
+        sequence.blocks = found + [self.pool.take(sequence.owner) for _ in range(fresh)]
         sequence.stored = len(found) * self.pool.page_size
-        sequence.next = min(sequence.stored, self._first_wanted(sequence))
+        sequence.next = sequence.wanted_from(0)
         return True
-
-    def _first_wanted(self, sequence: Sequence) -> int:
-        """The first row whose logits someone wants: even if all is cached, the last one has to be computed."""
-        if sequence.request.sampling.prompt_logprobs is not None and sequence.scored < sequence.prompt_length - 1:
-            return sequence.scored
-        return len(sequence.tokens) - 1
 
     def _give_back(self, sequence: Sequence) -> None:
         for block in reversed(sequence.blocks):  # the tail is evicted before the head, which more can share
-            self.pool.release(block)
+            self.pool.release(block, sequence.owner)
         sequence.blocks = []
         sequence.stored = sequence.next = 0
 

@@ -26,8 +26,11 @@ Behaviour = Callable[[Any, Context], Awaitable[Any]]
 
 KNOWN = frozenset(Scope)  # any credential will do
 GENERATE = frozenset({Scope.GENERATE})
+OBSERVE = frozenset({Scope.OBSERVE})
+INTROSPECT = frozenset({Scope.INTROSPECT})
+INTROSPECTION = "/cutaway.v1.Introspection/"
 HEALTH = "/grpc.health.v1.Health/"
-REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/"
+REFLECTION = "/grpc.reflection.{}.ServerReflection/ServerReflectionInfo"
 
 # One of the scopes is enough. What is served and not listed here is denied to all.
 METHODS: Mapping[str, frozenset[Scope]] = {
@@ -36,10 +39,24 @@ METHODS: Mapping[str, frozenset[Scope]] = {
     "/cutaway.v1.Inference/Tokenize": GENERATE,
     "/cutaway.v1.Inference/Detokenize": GENERATE,
     "/cutaway.v1.Inference/GetModel": KNOWN,
+    INTROSPECTION + "ListPoints": INTROSPECT,
+    INTROSPECTION + "Trace": INTROSPECT,
+    INTROSPECTION + "GetHiddenStates": INTROSPECT,
+    INTROSPECTION + "GetAttention": INTROSPECT,
+    INTROSPECTION + "LogitLens": INTROSPECT,
+    INTROSPECTION + "Estimate": INTROSPECT,
+    INTROSPECTION + "GetCacheStats": OBSERVE,
+    INTROSPECTION + "GetBlocks": OBSERVE,
+    INTROSPECTION + "WatchCache": OBSERVE,
+    INTROSPECTION + "WatchSteps": OBSERVE,
+    INTROSPECTION + "ListRequests": OBSERVE,
+    INTROSPECTION + "PredictCacheHit": OBSERVE | GENERATE,
+    INTROSPECTION + "ReadCache": INTROSPECT,
     HEALTH + "Check": KNOWN,
     HEALTH + "List": KNOWN,
     HEALTH + "Watch": KNOWN,
-    REFLECTION + "ServerReflectionInfo": KNOWN,
+    REFLECTION.format("v1"): KNOWN,
+    REFLECTION.format("v1alpha"): KNOWN,
 }
 BEARER = "bearer "
 RETRY_AFTER_SECONDS = 1.0

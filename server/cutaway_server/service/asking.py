@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from cutaway.v1 import inference_pb2 as v1
 
 from cutaway_server.engine.build import EngineFacts
-from cutaway_server.errors import InvalidField
+from cutaway_server.errors import InvalidField, OverBudget
+from cutaway_server.probe.estimate import capture_bytes
 from cutaway_server.request import (
     MAX_BAD_WORD_TOKENS,
     Request,
@@ -19,9 +20,11 @@ from cutaway_server.request import (
     check_bad_words,
     resolve_sampling,
 )  # fmt: skip
+from cutaway_server.service.capturing import captures_of
+from cutaway_server.service.editing import edits_of
 from cutaway_server.service.outbox import token_size
 from cutaway_server.service.reply import Asked
-from cutaway_server.service.texts import check_flags, encode_chat, encode_text, is_set, token_ids
+from cutaway_server.service.texts import check_flags, is_set, prompt_ids, token_ids
 from cutaway_server.service.tokens import sampling_options, wire_token
 from cutaway_server.text.stream import CompletionText, StreamDecoder, stop_texts
 from cutaway_server.text.tokenizer import TextModel
@@ -36,6 +39,7 @@ class Limits:
     facts: EngineFacts
     max_prompt_bytes: int
     max_backlog: int
+    max_capture_bytes: int
 
 
 def ask(
@@ -52,22 +56,50 @@ def ask(
         InvalidField: names the field, the value and the rule.
         Unsupported: the model has no chat template.
     """
-    name = _name(message.request_id)
     options = sampling_options(message.sampling).over(limits.facts.defaults)
     prompt = _prompt(message, model, limits)
+    sampling = _sampling(options, model, limits.facts, len(prompt))
+    captures = captures_of(message.captures, limits.facts.config, len(prompt), sampling.max_tokens)
     request = Request(
-        name,
+        name_of(message),
         prompt,
-        _sampling(options, model, limits.facts, len(prompt)),
+        sampling,
         arrival,
         deadline,
         tenant,
         prefix_caching=is_set(message, "prefix_caching", default=True),
+        captures=captures,
+        edits=edits_of(message.edits, limits.facts.config, len(prompt), sampling.max_tokens),
     )
-    return _asked(request, model, limits, skip=is_set(message, "skip_special_tokens", default=True), echo=message.echo)
+    size = sum(bytes_of(request, limits))
+    allowed = message.max_capture_bytes if message.HasField("max_capture_bytes") else None
+    check_budget(size, allowed, limits.max_capture_bytes)
+    skip = is_set(message, "skip_special_tokens", default=True)
+    return _asked(request, model, limits, size, skip=skip, echo=message.echo)
 
 
-def _asked(request: Request, model: TextModel, limits: Limits, *, skip: bool, echo: bool) -> Asked:
+def bytes_of(request: Request, limits: Limits) -> list[int]:
+    """The most bytes that each capture of a request sends."""
+    sampling = request.sampling
+    return [
+        capture_bytes(limits.facts.config, capture, len(request.prompt), sampling.max_tokens, sampling.n)
+        for capture in request.captures
+    ]
+
+
+def check_budget(size: int, asked: int | None, limit: int) -> None:
+    """Refuse what could be more bytes than the request allows, or the server.
+
+    Raises:
+        OverBudget: tells both numbers.
+    """
+    if asked is not None and size > asked:
+        raise OverBudget(f"captures: they could send {size} bytes, and max_capture_bytes is {asked}")
+    if size > limit:
+        raise OverBudget(f"captures: they could send {size} bytes, and the server allows a request {limit}")
+
+
+def _asked(request: Request, model: TextModel, limits: Limits, size: int, *, skip: bool, echo: bool) -> Asked:
     """Do all that takes longer for a long prompt or long stop texts here, and not on the event loop."""
     sampling = request.sampling
     decoder = StreamDecoder(model, skip)
@@ -81,10 +113,16 @@ def _asked(request: Request, model: TextModel, limits: Limits, *, skip: bool, ec
     text = CompletionText(decoder, stop_texts(sampling.stop), sampling.min_tokens)
     echoed = tuple(map(_echoed, request.prompt, texts)) if echo else None
     _check_echo(echoed, sampling, limits.max_backlog)
-    return Asked(request, skip, text, texts, echoed)
+    return Asked(request, skip, text, texts, echoed, size)
 
 
-def _name(asked: str) -> str:
+def name_of(message: v1.GenerateRequest) -> str:
+    """The request's name, or one that is picked.
+
+    Raises:
+        InvalidField: it cannot be a name.
+    """
+    asked = message.request_id
     if asked and not NAME.fullmatch(asked):
         raise InvalidField("request_id", asked, "must be at most 128 characters of [A-Za-z0-9._:-]")
     return asked or f"req-{secrets.token_hex(8)}"
@@ -94,12 +132,10 @@ def _prompt(message: v1.GenerateRequest, model: TextModel, limits: Limits) -> tu
     ids: Sequence[int]
     check_flags(message)
     match message.WhichOneof("prompt"):
-        case "text":
-            ids = encode_text(message, model, limits.max_prompt_bytes).ids
+        case "text" | "chat":
+            ids = prompt_ids(message, model, limits.max_prompt_bytes, limits.facts.max_context)
         case "token_ids":
             ids = token_ids(message.token_ids, limits.facts.config.d_vocab, limits.facts.max_context)
-        case "chat":
-            ids = encode_chat(message.chat, model, limits.max_prompt_bytes)[1].ids
         case _:
             raise InvalidField("prompt", None, "one of text, token_ids and chat must be set")
     if not ids:

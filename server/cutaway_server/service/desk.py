@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+from cutaway_server.engine.engine import Engine
 from cutaway_server.errors import AlreadyExists, Draining, EngineFailed, NotFound
 from cutaway_server.request import Event, Request, RequestEnded, RequestFailed
 from cutaway_server.service.reply import Reply
 
 log = logging.getLogger(__name__)
+
+Seen = TypeVar("Seen")
 
 
 class Backend(Protocol):
@@ -24,6 +28,9 @@ class Backend(Protocol):
 
     def abort(self, request_id: str, index: int | None = None) -> bool:
         """End a request, or one completion of it."""
+
+    def look(self, function: Callable[[Engine], Seen]) -> Future[Seen]:
+        """Have `function` called with the engine between two steps."""
 
 
 class Desk:
@@ -36,6 +43,7 @@ class Desk:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._backend: Backend | None = None
+        self._arriving: dict[str, bool] = {}  # not submitted yet; whether they are to be aborted then
         self._replies: dict[str, Reply] = {}  # until the engine has ended them
         self._streams: set[Reply] = set()  # until their readers have gone
         self._refusal: Exception | None = None  # told to new requests
@@ -51,6 +59,21 @@ class Desk:
         self._loop.call_soon_threadsafe(self._deliver, events)
 
     @contextmanager
+    def arriving(self, request_id: str, tenant: str) -> Iterator[None]:
+        """Keep a name for a request that `stream` is to submit within the block, so that it can be aborted before.
+
+        Raises:
+            AlreadyExists: it has one of that name.
+        """
+        name = full_name(tenant, request_id)
+        self._refuse_second(name, request_id)
+        self._arriving[name] = False
+        try:
+            yield
+        finally:
+            self._arriving.pop(name, None)
+
+    @contextmanager
     def stream(self, request: Request, make: Callable[[Callable[[int], None]], Reply]) -> Iterator[Reply]:
         """Submit a request for as long as the block lasts; leaving it early aborts the request.
 
@@ -61,7 +84,7 @@ class Desk:
         Raises:
             Draining, EngineFailed, AlreadyExists, QueueFull, InvalidField: it is not taken.
         """
-        name, sampling = _full_name(request.tenant, request.request_id), request.sampling
+        name, sampling = full_name(request.tenant, request.request_id), request.sampling
         reply = self._open(name, request, make)
         log.info("request %s: %d prompt tokens, n=%d", name, len(request.prompt), sampling.n)
         try:
@@ -77,8 +100,8 @@ class Desk:
 
     def _open(self, name: str, request: Request, make: Callable[[Callable[[int], None]], Reply]) -> Reply:
         self.admit()
-        if name in self._replies:
-            raise AlreadyExists(f"request_id: {request.request_id!r} is already running")
+        aborted = self._arriving.pop(name, False)
+        self._refuse_second(name, request.request_id)
         reply = make(lambda index: self._abort_completion(name, index))
         self._engine.submit(
             replace(request, request_id=name)
@@ -86,16 +109,24 @@ class Desk:
         self._replies[name] = reply
         self._streams.add(reply)
         self._quiet.clear()
+        if aborted:
+            self._engine.abort(name)
         return reply
 
+    def _refuse_second(self, name: str, request_id: str) -> None:
+        if name in self._replies or name in self._arriving:
+            raise AlreadyExists(f"request_id: {request_id!r} is already running")
+
     def abort(self, request_id: str, tenant: str = "") -> None:
-        """End a queued or running request of `tenant`.
+        """End a queued or running request of `tenant`, or one that is on its way as soon as it is queued.
 
         Raises:
             NotFound: it has none of that name.
         """
-        name = _full_name(tenant, request_id)
-        if "/" in request_id or name not in self._replies or not self._engine.abort(name):
+        name = full_name(tenant, request_id)
+        if "/" not in request_id and name in self._arriving:
+            self._arriving[name] = True
+        elif "/" in request_id or name not in self._replies or not self._engine.abort(name):
             raise NotFound(f"request_id: no request {request_id!r} is queued or running")
 
     def admit(self) -> None:
@@ -155,5 +186,6 @@ class Desk:
             self._engine.abort(name)
 
 
-def _full_name(tenant: str, request_id: str) -> str:
+def full_name(tenant: str, request_id: str) -> str:
+    """The name by which the engine knows a tenant's request."""
     return f"{tenant}/{request_id}" if tenant else request_id  # neither has a slash

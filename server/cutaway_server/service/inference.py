@@ -3,72 +3,35 @@
 
 from __future__ import annotations
 
-import logging
-import time
-from dataclasses import dataclass
 from functools import partial
 
 from cutaway.v1 import inference_pb2 as v1
 from cutaway.v1.inference_pb2_grpc import InferenceServicer
 
 from cutaway_server.config import Config
-from cutaway_server.engine.build import EngineFacts
-from cutaway_server.service.asking import Limits, ask
 from cutaway_server.service.caller import current
 from cutaway_server.service.describing import describe
 from cutaway_server.service.desk import Desk
-from cutaway_server.service.reply import Reply
-from cutaway_server.service.status import Context, Loading
+from cutaway_server.service.generation import Generation, Served
+from cutaway_server.service.status import Context
 from cutaway_server.service.texts import detokenize, tokenize
 from cutaway_server.service.workers import Workers
-from cutaway_server.text.tokenizer import TextModel
-
-log = logging.getLogger(__name__)
 
 MAX_NAME = 128  # characters of a request's name, for logs
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
-    """The model served, once it is loaded."""
-
-    name: str
-    facts: EngineFacts
-    text: TextModel
-
-
 class Inference(InferenceServicer):
-    """The servicer, for `methods_of`. `served` is set when the model is ready; until then calls are UNAVAILABLE."""
+    """The servicer, for `methods_of`. Until the model is ready calls are UNAVAILABLE."""
 
-    def __init__(self, desk: Desk, workers: Workers, config: Config) -> None:
-        self.served: Served | None = None
+    def __init__(self, desk: Desk, workers: Workers, config: Config, generation: Generation) -> None:
+        self._generation = generation
         self._desk = desk
         self._workers = workers
-        self._max_backlog = config.max_backlog
-        self._max_prompt_bytes = config.max_prompt_bytes
-        self._log_prompts = config.log_prompts
+        self._config = config
 
-    # Writing to the context, rather than yielding, lets a cancelled call clean up at once.
     async def Generate(self, request: v1.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         """Stream one request's completions."""
-        served = self._ready()
-        self._desk.admit()
-        arrival, remaining = time.monotonic(), context.time_remaining()
-        deadline = None if remaining is None else arrival + remaining
-        limits = Limits(served.facts, self._max_prompt_bytes, self._max_backlog)
-        call = current()
-        asked = await self._workers.run(
-            partial(ask, request, served.text, limits, arrival, deadline, call.caller.tenant)
-        )
-        call.request_id = asked.request.request_id
-        if self._log_prompts:
-            log.info("request %s: prompt %r", call.request_id, served.text.decode(asked.request.prompt))
-        facts = v1.Started(model_hash=served.facts.model_hash, kernels=served.facts.kernels, dtype=served.facts.dtype)
-        make = partial(Reply, asked, facts, self._max_backlog)
-        with self._desk.stream(asked.request, make) as reply:
-            while messages := await reply.take():
-                for message in messages:
-                    await context.write(message)
+        await self._generation.stream(request, context, lambda message: message)
 
     async def Abort(self, request: v1.AbortRequest, context: Context) -> v1.AbortResponse:
         """End a queued or running request."""
@@ -81,19 +44,20 @@ class Inference(InferenceServicer):
     async def Tokenize(self, request: v1.TokenizeRequest, context: Context) -> v1.TokenizeResponse:
         """Turn text into tokens."""
         text = self._ready().text
-        return await self._workers.run(partial(tokenize, request, text, self._max_prompt_bytes))
+        return await self._workers.run(
+            partial(tokenize, request, text, self._config.max_prompt_bytes), request.ByteSize()
+        )
 
     async def Detokenize(self, request: v1.DetokenizeRequest, context: Context) -> v1.DetokenizeResponse:
         """Turn tokens into text."""
         served = self._ready()
-        return await self._workers.run(partial(detokenize, request, served.text, served.facts.config.d_vocab))
+        work = partial(detokenize, request, served.text, served.facts.config.d_vocab)
+        return await self._workers.run(work, request.ByteSize())
 
     async def GetModel(self, request: v1.GetModelRequest, context: Context) -> v1.GetModelResponse:
         """Tell what is served."""
         served = self._ready()
-        return describe(served.name, served.facts, served.text)
+        return describe(self._config, served.facts, served.text, current().caller)
 
     def _ready(self) -> Served:
-        if self.served is None:
-            raise Loading("the model is still being loaded")
-        return self.served
+        return self._generation.ready()

@@ -16,10 +16,15 @@ MAKERS = {  # by whether requests, and responses, are streams
 }
 
 
-def methods_of(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler[bytes, Message]:
-    """The methods of `service`, each behind `answering`."""
-    handlers = {method.name: _handler(method, servicer) for method in service.methods}
-    return grpc.method_handlers_generic_handler(service.full_name, handlers)
+def methods_of(
+    service: ServiceDescriptor, *servicers: object, name: str | None = None
+) -> grpc.GenericRpcHandler[bytes, Message]:
+    """The methods of `service`, each of the first servicer that has it, behind `answering`; called by `name`."""
+    handlers = {
+        method.name: _handler(method, next(servicer for servicer in servicers if hasattr(servicer, method.name)))
+        for method in service.methods
+    }
+    return grpc.method_handlers_generic_handler(name or service.full_name, handlers)
 
 
 def _handler(method: MethodDescriptor, servicer: object) -> grpc.RpcMethodHandler[bytes, Message]:

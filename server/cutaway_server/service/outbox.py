@@ -11,9 +11,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from cutaway.v1 import inference_pb2 as v1
+from cutaway.v1 import tensor_pb2
+from numpy.typing import NDArray
 
 from cutaway_server.service.status import Backlog
+from cutaway_server.service.tensors import CHUNK_BYTES, chunks
 
 MESSAGE_BYTES = 2**20  # stock clients refuse messages over 4 MiB
 
@@ -66,13 +70,42 @@ class _WaitingCopy:
         return message
 
 
+class _WaitingTensor:
+    """A tensor whose bytes are put into messages only as they are sent."""
+
+    def __init__(self, header: tensor_pb2.TensorHeader, data: NDArray[np.generic]) -> None:
+        self.size = header.bytes + header.ByteSize()
+        self._header: tensor_pb2.TensorHeader | None = header
+        self._chunks = chunks(header.id, data)
+        self._left = header.bytes
+
+    @property
+    def next_size(self) -> int:
+        """Bytes of the next message, roughly."""
+        return min(self._left, CHUNK_BYTES) if self._header is None else self._header.ByteSize()
+
+    @property
+    def done(self) -> bool:
+        """Whether everything was taken."""
+        return self._header is None and not self._left
+
+    def take(self) -> v1.GenerateResponse:
+        """The next message."""
+        if self._header is not None:
+            header, self._header = self._header, None
+            return v1.GenerateResponse(tensor=header)
+        chunk = next(self._chunks)
+        self._left -= len(chunk.data)
+        return v1.GenerateResponse(chunk=chunk)
+
+
 class Outbox:
     """Messages waiting to be read, in order."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._waiting: deque[_Waiting | _WaitingTokens | _WaitingCopy] = deque()
+        self._waiting: deque[_Waiting | _WaitingTokens | _WaitingCopy | _WaitingTensor] = deque()
         self._growing: dict[int, _WaitingTokens] = {}  # by index of the completion
         self._closed = False
         self._error: Exception | None = None
@@ -102,6 +135,11 @@ class Outbox:
         delta.size += size
         self._account(size)
 
+    def put_tensor(self, header: tensor_pb2.TensorHeader, data: NDArray[np.generic]) -> None:
+        """Add a tensor. Tokens that come later are not sent before it."""
+        self._growing.clear()
+        self._add(_WaitingTensor(header, data))
+
     def close(self, error: Exception | None = None) -> None:
         """Say that nothing more comes: the end, or, after what waits, `error`. The first call counts."""
         if not self._closed:
@@ -124,9 +162,15 @@ class Outbox:
             raise self._error
         messages: list[v1.GenerateResponse] = []
         size = 0
-        while self._waiting and (size == 0 or size + self._waiting[0].size <= MESSAGE_BYTES):
-            taken = self._waiting.popleft()
-            size += taken.size
+        while self._waiting and (size == 0 or size + _next_size(self._waiting[0]) <= MESSAGE_BYTES):
+            taken = self._waiting[0]
+            size += _next_size(taken)
+            if isinstance(taken, _WaitingTensor):
+                messages.append(taken.take())
+                if taken.done:
+                    self._waiting.popleft()
+                continue
+            self._waiting.popleft()
             if isinstance(taken, _WaitingTokens) and self._growing.get(taken.index) is taken:
                 del self._growing[taken.index]
             messages.append(taken.message)
@@ -135,7 +179,7 @@ class Outbox:
             self._news.clear()
         return messages
 
-    def _add(self, waiting: _Waiting | _WaitingCopy) -> None:
+    def _add(self, waiting: _Waiting | _WaitingCopy | _WaitingTensor) -> None:
         self._waiting.append(waiting)
         self._account(waiting.size)
 
@@ -150,6 +194,10 @@ class Outbox:
     def _forget(self) -> None:
         self._waiting.clear()
         self._growing.clear()
+
+
+def _next_size(waiting: _Waiting | _WaitingTokens | _WaitingCopy | _WaitingTensor) -> int:
+    return waiting.next_size if isinstance(waiting, _WaitingTensor) else waiting.size
 
 
 def token_size(token: v1.Token) -> int:

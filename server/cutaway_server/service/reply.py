@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from cutaway.v1 import inference_pb2 as v1
 
+from cutaway_server.captures import Captured
 from cutaway_server.request import (
     CompletionEnded,
     Event,
@@ -21,6 +22,7 @@ from cutaway_server.request import (
     Timings,
 )  # fmt: skip
 from cutaway_server.service.outbox import Outbox, Shared, parts, token_size
+from cutaway_server.service.tensors import tensor_header
 from cutaway_server.service.tokens import wire_token
 from cutaway_server.text.stream import CompletionText
 
@@ -44,6 +46,7 @@ class Asked:
     text: CompletionText
     prompt_texts: Sequence[str] = ()
     echo: Sequence[v1.Token] | None = None
+    capture_bytes: int = 0  # of its captures, at most
 
 
 @dataclass(slots=True)
@@ -55,6 +58,7 @@ class _Completion:
     begun: bool = False
     last: v1.Token | None = None  # not sent yet: what ends the completion may set text free that it holds back
     ended: v1.Completion | None = None
+    unsent: list[Captured] = field(default_factory=list)  # they come after `last`
 
 
 class Reply:
@@ -71,7 +75,8 @@ class Reply:
         """
         self._asked = asked
         self._end_early = end_early
-        self._outbox = Outbox(max_backlog)
+        self._outbox = Outbox(max_backlog + asked.capture_bytes)
+        self._tensors = 0
         self._started = False
         self._cached_tokens = 0
         self._served = served
@@ -114,6 +119,8 @@ class Reply:
                 self._start(event.cached_tokens)
             case PromptScored():
                 self._scored(event)
+            case Captured():
+                self._captured(event)
             case Sampled():
                 self._sampled(event)
             case CompletionEnded():
@@ -150,6 +157,25 @@ class Reply:
             self._outbox.put(v1.GenerateResponse(prompt_logprobs=scores))
             position += len(part)
 
+    def _captured(self, event: Captured) -> None:
+        if event.index is None:
+            self._send_tensors(event)
+            return
+        completion = self._completions[event.index]
+        if completion.ended is not None:
+            return  # likewise, as of a token
+        if completion.last is not None:
+            completion.unsent.append(event)
+        else:
+            self._begin(event.index)
+            self._send_tensors(event)
+
+    def _send_tensors(self, event: Captured) -> None:
+        for part in event.parts:
+            header = tensor_header(event, part, self._tensors)
+            self._outbox.put_tensor(header, part.data)
+            self._tensors += 1
+
     def _sampled(self, event: Sampled) -> None:
         completion = self._completions[event.index]
         if completion.ended is not None:
@@ -170,6 +196,9 @@ class Reply:
         last, completion.last = completion.last, None
         if last is not None:
             self._outbox.put_token(index, last)
+        unsent, completion.unsent = completion.unsent, []
+        for event in unsent:
+            self._send_tensors(event)
 
     def _show(self, text: CompletionText, token: int) -> tuple[str, str | None]:
         sampling = self._asked.request.sampling

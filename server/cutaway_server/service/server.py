@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import grpc
 from cutaway.v1 import inference_pb2 as v1
+from cutaway.v1 import introspection_pb2
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection_pb2
 
 from cutaway_server.config import Config
 from cutaway_server.engine.build import EngineFacts
@@ -21,12 +21,15 @@ from cutaway_server.service.access import Gate
 from cutaway_server.service.audit import AuditLog
 from cutaway_server.service.credentials import CredentialStore
 from cutaway_server.service.desk import Backend, Desk
+from cutaway_server.service.generation import Generation, Served
 from cutaway_server.service.health import Health, first_of
-from cutaway_server.service.inference import Inference, Served
+from cutaway_server.service.inference import Inference
+from cutaway_server.service.introspection import Introspection
+from cutaway_server.service.machine import Machine
 from cutaway_server.service.methods import methods_of
 from cutaway_server.service.metrics import Metrics
 from cutaway_server.service.probes import probes
-from cutaway_server.service.reflection import Reflection
+from cutaway_server.service.reflection import V1, V1ALPHA, Reflection
 from cutaway_server.service.tls import Certificates
 from cutaway_server.service.workers import Workers
 from cutaway_server.text.tokenizer import TextModel
@@ -34,9 +37,8 @@ from cutaway_server.text.tokenizer import TextModel
 log = logging.getLogger(__name__)
 
 INFERENCE = v1.DESCRIPTOR.services_by_name["Inference"]
+INTROSPECTION = introspection_pb2.DESCRIPTOR.services_by_name["Introspection"]
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
-REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
-SERVICES = (INFERENCE, HEALTH, REFLECTION)
 FAREWELL_SECONDS = 2.0  # for the last messages of streams that are over
 
 
@@ -56,8 +58,9 @@ class Server:
         self._config = config
         self._workers = Workers(config.tokenizer_threads, config.max_running + config.max_queued)
         self.desk = Desk(asyncio.get_running_loop())
-        self._inference = Inference(self.desk, self._workers, config)
-        self._health = Health(("", INFERENCE.full_name))
+        self._generation = Generation(self.desk, self._workers, config)
+        self._machine = Machine(self._generation, self._workers, config)
+        self._health = Health(("", INFERENCE.full_name, INTROSPECTION.full_name))
         self.metrics = Metrics(config)
         self._credentials = CredentialStore(config.api_keys) if config.api_keys is not None else None
         self._tls = _tls(config)
@@ -67,9 +70,15 @@ class Server:
             options=bounds.options(config),
             maximum_concurrent_rpcs=bounds.most_calls(config),
         )
-        reflection = Reflection(service.full_name for service in SERVICES)
-        parts = zip(SERVICES, (self._inference, self._health, reflection), strict=True)
-        self._grpc.add_generic_rpc_handlers([methods_of(service, part) for service, part in parts])
+        reflection = Reflection([INFERENCE.full_name, INTROSPECTION.full_name, HEALTH.full_name])
+        parts = [
+            methods_of(INFERENCE, Inference(self.desk, self._workers, config, self._generation)),
+            methods_of(INTROSPECTION, Introspection(self._generation), self._machine),
+            methods_of(HEALTH, self._health),
+            methods_of(V1ALPHA, reflection),
+            methods_of(V1ALPHA, reflection, name=V1),
+        ]
+        self._grpc.add_generic_rpc_handlers(parts)
         self._probed: grpc.aio.Server | None = None
         self.health_address: str | None = None  # of --health-listen, with the port that was picked
 
@@ -101,7 +110,8 @@ class Server:
     async def serve(self, backend: Backend, facts: EngineFacts, text: TextModel) -> None:
         """Take requests from now on."""
         self.desk.connect(backend)
-        self._inference.served = Served(self._config.name, facts, text)
+        self._generation.served = Served(facts, text)
+        self._machine.connect(backend)
         await self._tell(serving=True)
 
     async def drain(self, *cuts: asyncio.Event) -> None:
@@ -114,11 +124,13 @@ class Server:
         """End what still runs, and whatever comes, with `error`."""
         self.desk.refuse(error)
         self.desk.end_all(error)
+        self._machine.watchers.end(error)
         await self._tell(serving=False)
 
     async def stop(self) -> None:
         """Close: calls that are over get a moment to say so."""
         self._health.end_watches()
+        self._machine.watchers.end(Draining("the server is going down"))
         await self._grpc.stop(FAREWELL_SECONDS)
         if self._probed is not None:
             await self._probed.stop(0)

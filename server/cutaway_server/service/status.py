@@ -20,6 +20,7 @@ from cutaway_server.errors import (
     InvalidField,
     ModelError,
     NotFound,
+    OverBudget,
     QueueFull,
     Unsupported,
 )  # fmt: skip
@@ -52,6 +53,7 @@ CODES: dict[type[CutawayError], grpc.StatusCode] = {
     NotFound: grpc.StatusCode.NOT_FOUND,
     AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    OverBudget: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Backlog: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Unsupported: grpc.StatusCode.FAILED_PRECONDITION,
     Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,

@@ -33,7 +33,7 @@ def check_flags(message: Input) -> None:
             raise InvalidField(flag, getattr(message, flag), f"is for a text, and must not be set with {kind}")
 
 
-def encode_text(message: Input, model: TextModel, max_bytes: int) -> Encoded:
+def encode_text(message: v1.TokenizeRequest, model: TextModel, max_bytes: int) -> Encoded:
     """The tokens of a message's plain text: of an empty one those that are added, which may be none.
 
     Raises:
@@ -54,15 +54,39 @@ def encode_chat(chat: v1.Chat, model: TextModel, max_bytes: int) -> tuple[str, E
         InvalidField: it is empty, or too long, or has too many turns, or the template refuses it.
         Unsupported: the model has no template.
     """
+    return model.encode_chat(_turns(chat, max_bytes), add_generation_prompt=_prompted(chat))
+
+
+def prompt_ids(message: v1.GenerateRequest, model: TextModel, max_bytes: int, most: int) -> tuple[int, ...]:
+    """The tokens of a request's text or conversation, which has at most `most`.
+
+    Raises:
+        InvalidField, Unsupported: as `encode_text` and `encode_chat`, or it plainly has more.
+    """
+    if message.HasField("chat"):
+        turns = _turns(message.chat, max_bytes)
+        return model.chat_prompt_ids(turns, most, add_generation_prompt=_prompted(message.chat))
+    _check_size("text", len(message.text.encode()), max_bytes)
+    return model.prompt_ids(
+        message.text,
+        most,
+        add_special_tokens=is_set(message, "add_special_tokens", default=True),
+        parse_special_tokens=is_set(message, "parse_special_tokens", default=False),
+    )
+
+
+def _turns(chat: v1.Chat, max_bytes: int) -> list[ChatMessage]:
     if not chat.messages:
         raise InvalidField("chat.messages", "0 messages", "must have at least one")
     if len(chat.messages) > MAX_MESSAGES:
         raise InvalidField("chat.messages", f"{len(chat.messages)} messages", f"at most {MAX_MESSAGES} are allowed")
     size = sum(len(turn.role.encode()) + len(turn.content.encode()) for turn in chat.messages)
     _check_size("chat.messages", size, max_bytes)
-    turns = [ChatMessage(turn.role, turn.content) for turn in chat.messages]
-    prompted = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
-    return model.encode_chat(turns, add_generation_prompt=prompted)
+    return [ChatMessage(turn.role, turn.content) for turn in chat.messages]
+
+
+def _prompted(chat: v1.Chat) -> bool:
+    return chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
 
 
 def _check_size(field: str, size: int, max_bytes: int) -> None:

@@ -6,11 +6,16 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
+from traceback import clear_frames
 from typing import TypeVar
 
 from cutaway_server.errors import QueueFull
+from cutaway_server.kernels.memory import trim
 
 R = TypeVar("R")
+
+LARGE_BYTES = 2**18  # of a message that takes a hundred times as much memory while it is turned into tokens
 
 
 class Workers:
@@ -24,8 +29,8 @@ class Workers:
         self._limit = limit
         self._taken = 0
 
-    async def run(self, function: Callable[[], R]) -> R:
-        """The function's result.
+    async def run(self, function: Callable[[], R], size: int = 0) -> R:
+        """The function's result. `size`: bytes of the message that it works on.
 
         Raises:
             QueueFull: too many wait already.
@@ -36,7 +41,7 @@ class Workers:
             )
         loop = asyncio.get_running_loop()
         self._taken += 1  # until it has run, even if nobody waits for it any more
-        future = self._executor.submit(function)
+        future = self._executor.submit(function if size < LARGE_BYTES else partial(_trimming, function))
         future.add_done_callback(lambda _: self._count_down(loop))
         return await asyncio.wrap_future(future)
 
@@ -50,3 +55,14 @@ class Workers:
 
     def _done(self) -> None:
         self._taken -= 1
+
+
+def _trimming(function: Callable[[], R]) -> R:
+    """Run what takes much memory, which the allocator would keep afterwards."""
+    try:
+        return function()
+    except BaseException as error:
+        clear_frames(error.__traceback__)  # what the function was working on, until the garbage is next collected
+        raise
+    finally:
+        trim()

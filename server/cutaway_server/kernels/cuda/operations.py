@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cutaway_server.architecture import ModelConfig
-from cutaway_server.cache.pages import Pages
+from cutaway_server.cache.pages import LARGEST, Pages
 from cutaway_server.kernels import attention
 from cutaway_server.kernels.batch import Batch
 from cutaway_server.kernels.cuda.activation import activation
@@ -26,7 +26,7 @@ from cutaway_server.kernels.cuda.split import split_attention
 from cutaway_server.kernels.cuda.work import CudaPlan, Layout, Splits, tile_work
 from cutaway_server.kernels.plan import Plan, all_frequencies, rotations
 from cutaway_server.kernels.quantized import Quantized
-from cutaway_server.kernels.reference import Added, AttentionInput, MlpInput
+from cutaway_server.kernels.reference import Added, AttentionInput, Embedded, MlpInput, Normed, turned
 from cutaway_server.kernels.weights import Matrix, Norm, Weights, embedding, served_dtype
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -45,6 +45,12 @@ class CudaKernels:
         self.frequencies = all_frequencies(config, context, weights.device)
         self._product: Callable[[Tensor, Tensor], Tensor] = matmul if batch_invariant else F.linear
 
+    @property
+    def page_dtypes(self) -> tuple[torch.dtype, ...]:
+        """What pages may hold."""
+        scaled = LARGEST if _converts_fp8(self.weights.device) else (torch.int8,)
+        return (self.dtype, *scaled)
+
     def plan(self, batch: Batch) -> CudaPlan:
         """What all layers of one step share. A batch that is still on the host costs one copy and no waiting."""
         device = self.weights.device
@@ -60,10 +66,14 @@ class CudaKernels:
 
     def embed(self, plan: Plan) -> Tensor:
         """Token (and learned position) embeddings: the first residual fp32 [T, d_model]."""
-        residual = embedding(plan.batch.token_ids, self.weights.embed).float() * self.config.embed_scale
-        if self.weights.positions is not None:
-            residual = residual + F.embedding(plan.batch.positions, self.weights.positions).float()
-        return residual
+        return self.open_embed(plan).residual
+
+    def open_embed(self, plan: Plan) -> Embedded:
+        """The embeddings one by one."""
+        tokens = embedding(plan.batch.token_ids, self.weights.embed).float() * self.config.embed_scale
+        if self.weights.positions is None:
+            return Embedded(tokens, None)
+        return Embedded(tokens, F.embedding(plan.batch.positions, self.weights.positions).float())
 
     def layers(self, first: int, stop: int, residual: Tensor, plan: Plan, pages: Pages) -> Tensor:
         """Layers [first, stop) in which nobody looks: what one adds and what the next norms is one kernel."""
@@ -102,6 +112,11 @@ class CudaKernels:
         heads = torch.unflatten(_with_bias(joined, w.qkv_bias), -1, (-1, config.d_head))
         q, k, v = torch.split(heads, [config.n_heads, config.n_kv_heads, config.n_kv_heads], dim=1)
         return AttentionInput(step.norm, q, k, v, turned.q.float(), turned.rot_k)
+
+    def turn(self, layer: int, q: Tensor, k: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """QK-norm and rotation of queries and keys fp32, in plain torch: only for rows whose q or k was changed."""
+        w = self.weights.layers[layer]
+        return turned(self.config, layer, q, w.q_norm, plan), turned(self.config, layer, k, w.k_norm, plan)
 
     def paged_attention(self, layer: int, q: Tensor, plan: Plan, pages: Pages) -> tuple[Tensor, Tensor]:
         """Attention over the stored keys: z [T, heads, d_head] and the log-sum-exp of the scores fp32 [T, heads]."""
@@ -155,6 +170,13 @@ class CudaKernels:
         x = _emitted(self._row_wise(residual, None, self.weights.final_norm))
         return attention.soft_cap(self._linear(x, self.weights.unembed).float(), self.config.logit_softcap)
 
+    def open_unembed(self, residual: Tensor) -> tuple[Normed, Tensor]:
+        """The final norm's values, and the logits."""
+        step = self._row_wise(residual, None, self.weights.final_norm, opened=True)
+        assert step.norm is not None
+        logits = self._linear(_emitted(step), self.weights.unembed).float()
+        return step.norm, attention.soft_cap(logits, self.config.logit_softcap)
+
     def _row_wise(
         self, residual: Tensor, delta: Delta | None, norm: Norm | None, *, emit: bool = True, opened: bool = False
     ) -> AddNorm:
@@ -194,6 +216,11 @@ def _dtype(weights: Weights) -> torch.dtype:
     dtype = served_dtype(weights)
     assert dtype in DTYPES
     return dtype
+
+
+def _converts_fp8(device: torch.device) -> bool:
+    """Whether Triton compiles conversions of e4m3 for it: from Ada and Hopper on, and in the interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _emitted(step: AddNorm) -> Tensor:

@@ -11,7 +11,12 @@ import grpc
 from cutaway_server.service.status import Context
 
 REQUEST = "/cutaway.v1.Inference/Generate"  # what a request is
-STREAMS = (REQUEST, "/grpc.health.v1.Health/Watch", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+STREAMS = (
+    REQUEST,
+    "/grpc.health.v1.Health/Watch",
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+)
 FAILURES = tuple(c for c in grpc.StatusCode if c not in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED))
 DEADLINE_TOLERANCE = 0.1  # a client ends its call at its deadline, a little before the server would
 Behaviour = Callable[[Any, Context], Awaitable[Any]]

@@ -1,0 +1,140 @@
+"""The calls that look inside the model, of the asynchronous client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar, Unpack, overload
+
+from cutaway import looking
+from cutaway.errors import InvalidArgument
+from cutaway.looking import AttentionOptions, HiddenStatesOptions, LensOptions, Prompt, TraceOptions
+from cutaway.results import Estimate, LensResult, Point
+from cutaway.v1 import introspection_pb2 as pb
+
+if TYPE_CHECKING:
+    from cutaway.aio import AsyncCalls
+    from cutaway.arrays import Array, Arrays
+
+    Answer = TypeVar("Answer")
+
+AT_ONCE = 16  # prompts asked about at the same time
+
+
+class AsyncInspecting:
+    """What `AsyncClient` can see. Each reading call also takes `prompts=[...]`, and then answers with a list."""
+
+    _calls: AsyncCalls
+
+    async def list_points(self, *, timeout: float | None = None) -> tuple[Point, ...]:
+        """Tell what can be read and changed in the served model."""
+        return looking.points(
+            await self._calls.ask(self._calls.introspection.ListPoints, pb.ListPointsRequest(), timeout)
+        )
+
+    @overload
+    async def trace(
+        self, prompt: Prompt | None = None, *, prompts: None = None, **options: Unpack[TraceOptions]
+    ) -> Arrays: ...
+    @overload
+    async def trace(self, *, prompts: Sequence[Prompt], **options: Unpack[TraceOptions]) -> list[Arrays]: ...
+    async def trace(
+        self, prompt: Prompt | None = None, *, prompts: Sequence[Prompt] | None = None, **options: Unpack[TraceOptions]
+    ) -> Arrays | list[Arrays]:
+        """Compute a prompt (and `max_tokens` tokens after it) and read `points` of it: arrays by canonical name."""
+
+        async def one(prompt: Prompt | None) -> Arrays:
+            request = looking.trace_request(prompt, options)
+            return looking.traced(
+                await self._calls.read(self._calls.introspection.Trace, request, options.get("timeout"))
+            )
+
+        return await _each(one, prompt, prompts)
+
+    @overload
+    async def hidden_states(
+        self, prompt: Prompt | None = None, *, prompts: None = None, **options: Unpack[HiddenStatesOptions]
+    ) -> Array: ...
+    @overload
+    async def hidden_states(
+        self, *, prompts: Sequence[Prompt], **options: Unpack[HiddenStatesOptions]
+    ) -> list[Array]: ...
+    async def hidden_states(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        prompts: Sequence[Prompt] | None = None,
+        **options: Unpack[HiddenStatesOptions],
+    ) -> Array | list[Array]:
+        """The residual stream of a prompt, [layer, pos, d_model]: layer i is what block i reads."""
+
+        async def one(prompt: Prompt | None) -> Array:
+            request = looking.hidden_states_request(prompt, options)
+            method = self._calls.introspection.GetHiddenStates
+            return looking.hidden_states(await self._calls.read(method, request, options.get("timeout")))
+
+        return await _each(one, prompt, prompts)
+
+    @overload
+    async def attention(
+        self, prompt: Prompt | None = None, *, prompts: None = None, **options: Unpack[AttentionOptions]
+    ) -> Array: ...
+    @overload
+    async def attention(self, *, prompts: Sequence[Prompt], **options: Unpack[AttentionOptions]) -> list[Array]: ...
+    async def attention(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        prompts: Sequence[Prompt] | None = None,
+        **options: Unpack[AttentionOptions],
+    ) -> Array | list[Array]:
+        """Attention probabilities of a prompt, [layer, head, q_pos, k_pos]; with `top_k` [layer, head, q_pos, top]."""
+
+        async def one(prompt: Prompt | None) -> Array:
+            request = looking.attention_request(prompt, options)
+            method = self._calls.introspection.GetAttention
+            return looking.attention(await self._calls.read(method, request, options.get("timeout")))
+
+        return await _each(one, prompt, prompts)
+
+    @overload
+    async def logit_lens(
+        self, prompt: Prompt | None = None, *, prompts: None = None, **options: Unpack[LensOptions]
+    ) -> LensResult: ...
+    @overload
+    async def logit_lens(self, *, prompts: Sequence[Prompt], **options: Unpack[LensOptions]) -> list[LensResult]: ...
+    async def logit_lens(
+        self, prompt: Prompt | None = None, *, prompts: Sequence[Prompt] | None = None, **options: Unpack[LensOptions]
+    ) -> LensResult | list[LensResult]:
+        """What the model would say if it ended after each layer."""
+
+        async def one(prompt: Prompt | None) -> LensResult:
+            request = looking.lens_request(prompt, options)
+            method = self._calls.introspection.LogitLens
+            return looking.lens_result(await self._calls.read(method, request, options.get("timeout")))
+
+        return await _each(one, prompt, prompts)
+
+    async def estimate(self, prompt: Prompt | None = None, **options: Unpack[TraceOptions]) -> Estimate:
+        """Tell what a `trace` (or `generate` with these captures) would send, without computing it."""
+        request = looking.estimate_request(prompt, options)
+        return looking.estimate(
+            await self._calls.ask(self._calls.introspection.Estimate, request, options.get("timeout"))
+        )
+
+
+async def _each(
+    one: Callable[[Prompt | None], Awaitable[Answer]], prompt: Prompt | None, prompts: Sequence[Prompt] | None
+) -> Answer | list[Answer]:
+    """The answer for one prompt, or for each of several, asked about at the same time."""
+    if prompts is None:
+        return await one(prompt)
+    if prompt is not None:
+        raise InvalidArgument("prompts: give a prompt or prompts, not both")
+    places = asyncio.Semaphore(AT_ONCE)
+
+    async def placed(prompt: Prompt) -> Answer:
+        async with places:
+            return await one(prompt)
+
+    return list(await asyncio.gather(*map(placed, prompts)))

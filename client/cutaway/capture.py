@@ -1,0 +1,151 @@
+"""What to read of a request's inner values, as Python says it, put on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cutaway.errors import InvalidArgument
+from cutaway.v1 import capture_pb2 as pb
+
+Region = Literal["all", "prompt", "generated", "steps", "last"]
+Positions = Region | int | range | slice | Sequence["Region | int | range"]
+Spans = Iterable[tuple[int, int] | range]
+
+REGIONS = {
+    "all": pb.REGION_ALL,
+    "prompt": pb.REGION_PROMPT,
+    "generated": pb.REGION_GENERATED,
+    "steps": pb.REGION_STEPS,
+    "last": pb.REGION_LAST,
+}
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Values of one point: `Capture("blocks.*.attn.hook_pattern", top_k=32)`.
+
+    `point` is a name of `list_points`, with a layer's number or "*". At most one reduction may be given.
+    """
+
+    point: str
+    _: KW_ONLY
+    layers: Iterable[int] | None = None  # for a point with "*"; default all
+    heads: Iterable[int] | None = None  # default all
+    positions: Positions = "all"  # "prompt", "generated", "last", "steps", [5, -1], range(0, 100, 2), or several
+    keys: Spans = ()  # of patterns and scores: spans of keys, such as [(0, 4)]; default all
+    elements: Iterable[int] | None = None  # places on the last axis, such as neurons; default all
+    dtype: Literal["F32", "F16", "BF16"] = "F32"
+    top_k: int | None = None  # only the largest, with where they are and the mass they hold
+    pool: int | None = None  # each head's pattern over the prompt as so many times so many cells
+    norm: bool = False  # Euclidean norm over the last axis
+    project: ArrayLike | None = None  # scalar products with these vectors
+    sum_keys: bool = False  # the sum of a pattern over each span of `keys`
+    head_summary: bool = False  # entropy, mass on the first and the previous token, induction score, mean distance
+    lens: int | None = None  # a residual read as predictions: so many of the likeliest tokens
+    lens_tokens: Iterable[int] = ()  # and the log-probability and rank of these
+    after_edits: bool = False  # see the value as the request's own edits of the same point leave it
+
+    def message(self) -> pb.Capture:
+        """The wire's capture.
+
+        Raises:
+            InvalidArgument: a value does not fit the wire, or there are two reductions.
+        """
+        made = pb.Capture(point=self.point, dtype=self.dtype, keys=spans(self.keys), after_edits=self.after_edits)
+        for name in ("layers", "heads", "elements"):
+            given = getattr(self, name)
+            if given is not None:
+                getattr(made, name).CopyFrom(indices(given, name))
+        if self.positions != "all":
+            made.positions.CopyFrom(positions(self.positions))
+        chosen = [name for name in REDUCTIONS if getattr(self, name) is not None and getattr(self, name) is not False]
+        if self.lens is None and tuple(self.lens_tokens):
+            chosen.append("lens")
+        if len(chosen) > 1:
+            raise InvalidArgument(f"captures: {self.point!r} has {' and '.join(chosen)}; give at most one")
+        for name in chosen:
+            self._put(made, name)
+        return made
+
+    def _put(self, made: pb.Capture, name: str) -> None:
+        match name:
+            case "top_k":
+                made.top_k.k = _unsigned("top_k", self.top_k)
+            case "pool":
+                made.pool.size = _unsigned("pool", self.pool)
+            case "project":
+                made.project.vectors = np.atleast_2d(np.asarray(self.project, "<f4")).tobytes()
+            case "lens":
+                made.lens.CopyFrom(lens(self.lens or 0, self.lens_tokens))
+            case _:
+                getattr(made, name).SetInParent()
+
+
+REDUCTIONS = ("top_k", "pool", "norm", "project", "sum_keys", "head_summary", "lens")
+
+
+def lens(top_k: int, token_ids: Iterable[int]) -> pb.Lens:
+    """The wire's lens."""
+    return pb.Lens(top_k=_unsigned("top_k", top_k), token_ids=[_unsigned("lens_tokens", each) for each in token_ids])
+
+
+def indices(given: Iterable[int], field: str) -> pb.Indices:
+    """The wire's indices."""
+    if isinstance(given, int):
+        given = [given]
+    try:
+        return pb.Indices(list=[int(each) for each in given])
+    except (ValueError, TypeError) as error:
+        raise InvalidArgument(f"{field}: {given!r} cannot be sent: {error}") from error
+
+
+def spans(given: Spans) -> list[pb.Span]:
+    """The wire's spans of keys, of (start, stop) pairs or ranges."""
+    made = []
+    for each in given:
+        start, stop = (each.start, each.stop) if isinstance(each, range) else each
+        made.append(pb.Span(start=_unsigned("keys", start), stop=_unsigned("keys", stop)))
+    return made
+
+
+def positions(given: Positions) -> pb.Positions:
+    """The wire's positions: "all", "prompt", "last", [5, 6], range(0, 100, 2), ["last", "generated"], ...
+
+    Raises:
+        InvalidArgument: one is nothing of the kind.
+    """
+    made = pb.Positions()
+    several = [given] if isinstance(given, str | int | range | slice) else list(given)
+    for each in several:
+        if isinstance(each, str):
+            if each not in REGIONS:
+                raise InvalidArgument(f"positions: {each!r} is none of {', '.join(REGIONS)}")
+            made.spans.add(region=REGIONS[each])
+        elif isinstance(each, range | slice):
+            _add_range(made, each)
+        else:
+            made.list.append(int(each))
+    if not several:
+        raise InvalidArgument("positions: [] selects nothing")
+    return made
+
+
+def _add_range(made: pb.Positions, given: range | slice) -> None:
+    step = given.step or 1
+    if step < 1 or min(given.start or 0, 0 if given.stop is None else given.stop) < 0:
+        raise InvalidArgument(f"positions: {given!r} must count up from 0 or more")
+    span = made.spans.add(region=pb.REGION_ALL, step=step)
+    span.start = given.start or 0
+    if given.stop is not None:
+        span.stop = given.stop
+
+
+def _unsigned(field: str, value: int | None) -> int:
+    if value is None or not 0 <= int(value) < 2**32:
+        raise InvalidArgument(f"{field}: {value!r} must be 0 or more")
+    return int(value)

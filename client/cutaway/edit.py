@@ -1,0 +1,152 @@
+"""What to change of a request's inner values, as Python says it, put on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypedDict, Unpack
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cutaway.capture import Positions, indices, positions, spans
+from cutaway.errors import InvalidArgument
+from cutaway.v1 import edit_pb2 as pb
+
+
+class Where(TypedDict, total=False):
+    """Which values an edit is about; all by default."""
+
+    layers: Iterable[int] | None  # for a point with "*"
+    heads: Iterable[int] | None
+    positions: Positions  # "prompt", "generated", "last", "steps", [5, -1], range(0, 100, 2), or several
+    elements: Iterable[int] | None  # places on the last axis, such as neurons
+
+
+class Edit:
+    """One change, made by one of the methods below: `Edit.add("blocks.8.hook_resid_post", vector, scale=6.0)`.
+
+    A point is a writable name of `list_points`, with a layer's number or "*".
+    """
+
+    def __init__(self, message: pb.Edit) -> None:
+        self._message = message
+
+    def __repr__(self) -> str:
+        return f"<Edit {self._message.WhichOneof('change')} {self._message.point}>"
+
+    def message(self) -> pb.Edit:
+        """The wire's edit."""
+        return self._message
+
+    @classmethod
+    def add(cls, point: str, vector: ArrayLike, scale: float = 1.0, **where: Unpack[Where]) -> Edit:
+        """Add scale * vector: for all heads alike, or [heads, d_head]."""
+        made = _at(point, where)
+        made.add.vector, made.add.scale = _bytes(vector), scale
+        return cls(made)
+
+    @classmethod
+    def scale(cls, point: str, factor: float, **where: Unpack[Where]) -> Edit:
+        """Multiply by a number."""
+        made = _at(point, where)
+        made.scale.factor = factor
+        return cls(made)
+
+    @classmethod
+    def zero(cls, point: str, **where: Unpack[Where]) -> Edit:
+        """Set to zero, as to ablate a head: `Edit.zero("blocks.5.attn.hook_z", heads=[2])`."""
+        made = _at(point, where)
+        made.zero.SetInParent()
+        return cls(made)
+
+    @classmethod
+    def set(cls, point: str, values: ArrayLike, **where: Unpack[Where]) -> Edit:
+        """Set to values: one vector, or one for each head, or [rows, (heads,) elements] of the rows selected."""
+        made = _at(point, where)
+        made.set.values = _bytes(values)
+        return cls(made)
+
+    @classmethod
+    def project_out(cls, point: str, directions: ArrayLike, **where: Unpack[Where]) -> Edit:
+        """Take out the components along one or several directions."""
+        made = _at(point, where)
+        made.project_out.directions = _bytes(directions)
+        return cls(made)
+
+    @classmethod
+    def clamp(
+        cls,
+        point: str,
+        direction: ArrayLike,
+        *,
+        min: float | None = None,  # noqa: A002  (as numpy.clip calls it)
+        max: float | None = None,  # noqa: A002
+        **where: Unpack[Where],
+    ) -> Edit:
+        """Keep the component along a direction (whose length does not matter) within bounds."""
+        made = _at(point, where)
+        made.clamp.direction = _bytes(direction)
+        if min is not None:
+            made.clamp.min = min
+        if max is not None:
+            made.clamp.max = max
+        return cls(made)
+
+    @classmethod
+    def knock_out(
+        cls,
+        layers: Iterable[int] | int | str = "all",
+        heads: Iterable[int] | int | str = "all",
+        *,
+        queries: Positions = "all",
+        keys: Iterable[int | range | tuple[int, int]],
+        factor: float = 0.0,
+    ) -> Edit:
+        """Keep queries from attending to keys; with a factor, weigh those keys so many times as much."""
+        made = pb.Edit()
+        for name, chosen in (("layers", layers), ("heads", heads)):
+            if isinstance(chosen, str):
+                if chosen != "all":
+                    raise InvalidArgument(f"{name}: {chosen!r} must be indices or 'all'")
+                continue
+            getattr(made, name).CopyFrom(indices([chosen] if isinstance(chosen, int) else chosen, name))
+        _put_positions(made, queries)
+        pairs = [(key, key + 1) if isinstance(key, int) else key for key in keys]
+        made.knock_out.keys.extend(spans(pairs))
+        made.knock_out.factor = factor
+        return cls(made)
+
+    @classmethod
+    def override(cls, step: int, token_id: int) -> Edit:
+        """Take a token in place of generated token number `step`, counted from 0."""
+        made = pb.Edit()
+        try:
+            made.override.step, made.override.token_id = step, token_id
+        except ValueError as error:
+            raise InvalidArgument(f"override: ({step!r}, {token_id!r}) cannot be sent: {error}") from error
+        return cls(made)
+
+
+def _at(point: str, where: Where) -> pb.Edit:
+    unknown = sorted(set(where) - set(Where.__annotations__))
+    if unknown:
+        raise TypeError(f"Edit got an unexpected keyword argument {unknown[0]!r}")
+    made = pb.Edit(point=point)
+    for name, chosen in (
+        ("layers", where.get("layers")),
+        ("heads", where.get("heads")),
+        ("elements", where.get("elements")),
+    ):
+        if chosen is not None:
+            getattr(made, name).CopyFrom(indices(chosen, name))
+    _put_positions(made, where.get("positions", "all"))
+    return made
+
+
+def _put_positions(made: pb.Edit, given: Positions) -> None:
+    if not (isinstance(given, str) and given == "all"):
+        made.positions.CopyFrom(positions(given))
+
+
+def _bytes(values: ArrayLike) -> bytes:
+    return np.ascontiguousarray(values, "<f4").tobytes()

@@ -1,0 +1,127 @@
+"""The calls that look inside the model, of the synchronous client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar, Unpack, overload
+
+from cutaway import looking
+from cutaway.errors import InvalidArgument
+from cutaway.looking import AttentionOptions, HiddenStatesOptions, LensOptions, Prompt, TraceOptions
+from cutaway.results import Estimate, LensResult, Point
+from cutaway.v1 import introspection_pb2 as pb
+
+if TYPE_CHECKING:
+    from cutaway.arrays import Array, Arrays
+    from cutaway.client import Calls
+
+    Answer = TypeVar("Answer")
+
+AT_ONCE = 16  # prompts asked about at the same time
+
+
+class Inspecting:
+    """What `Client` can see. Each reading call also takes `prompts=[...]` and then answers with a list, one each."""
+
+    _calls: Calls
+
+    def list_points(self, *, timeout: float | None = None) -> tuple[Point, ...]:
+        """Tell what can be read and changed in the served model."""
+        return looking.points(self._calls.ask(self._calls.introspection.ListPoints, pb.ListPointsRequest(), timeout))
+
+    @overload
+    def trace(
+        self, prompt: Prompt | None = None, *, prompts: None = None, **options: Unpack[TraceOptions]
+    ) -> Arrays: ...
+    @overload
+    def trace(self, *, prompts: Sequence[Prompt], **options: Unpack[TraceOptions]) -> list[Arrays]: ...
+    def trace(
+        self, prompt: Prompt | None = None, *, prompts: Sequence[Prompt] | None = None, **options: Unpack[TraceOptions]
+    ) -> Arrays | list[Arrays]:
+        """Compute a prompt (and `max_tokens` tokens after it) and read `points` of it: arrays by canonical name."""
+
+        def one(prompt: Prompt | None) -> Arrays:
+            request = looking.trace_request(prompt, options)
+            return looking.traced(self._calls.read(self._calls.introspection.Trace, request, options.get("timeout")))
+
+        return _each(one, prompt, prompts)
+
+    @overload
+    def hidden_states(
+        self, prompt: Prompt | None = None, *, prompts: None = None, **options: Unpack[HiddenStatesOptions]
+    ) -> Array: ...
+    @overload
+    def hidden_states(self, *, prompts: Sequence[Prompt], **options: Unpack[HiddenStatesOptions]) -> list[Array]: ...
+    def hidden_states(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        prompts: Sequence[Prompt] | None = None,
+        **options: Unpack[HiddenStatesOptions],
+    ) -> Array | list[Array]:
+        """The residual stream of a prompt, [layer, pos, d_model]: layer i is what block i reads."""
+
+        def one(prompt: Prompt | None) -> Array:
+            request = looking.hidden_states_request(prompt, options)
+            method = self._calls.introspection.GetHiddenStates
+            return looking.hidden_states(self._calls.read(method, request, options.get("timeout")))
+
+        return _each(one, prompt, prompts)
+
+    @overload
+    def attention(
+        self, prompt: Prompt | None = None, *, prompts: None = None, **options: Unpack[AttentionOptions]
+    ) -> Array: ...
+    @overload
+    def attention(self, *, prompts: Sequence[Prompt], **options: Unpack[AttentionOptions]) -> list[Array]: ...
+    def attention(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        prompts: Sequence[Prompt] | None = None,
+        **options: Unpack[AttentionOptions],
+    ) -> Array | list[Array]:
+        """Attention probabilities of a prompt, [layer, head, q_pos, k_pos]; with `top_k` [layer, head, q_pos, top]."""
+
+        def one(prompt: Prompt | None) -> Array:
+            request = looking.attention_request(prompt, options)
+            method = self._calls.introspection.GetAttention
+            return looking.attention(self._calls.read(method, request, options.get("timeout")))
+
+        return _each(one, prompt, prompts)
+
+    @overload
+    def logit_lens(
+        self, prompt: Prompt | None = None, *, prompts: None = None, **options: Unpack[LensOptions]
+    ) -> LensResult: ...
+    @overload
+    def logit_lens(self, *, prompts: Sequence[Prompt], **options: Unpack[LensOptions]) -> list[LensResult]: ...
+    def logit_lens(
+        self, prompt: Prompt | None = None, *, prompts: Sequence[Prompt] | None = None, **options: Unpack[LensOptions]
+    ) -> LensResult | list[LensResult]:
+        """What the model would say if it ended after each layer."""
+
+        def one(prompt: Prompt | None) -> LensResult:
+            request = looking.lens_request(prompt, options)
+            method = self._calls.introspection.LogitLens
+            return looking.lens_result(self._calls.read(method, request, options.get("timeout")))
+
+        return _each(one, prompt, prompts)
+
+    def estimate(self, prompt: Prompt | None = None, **options: Unpack[TraceOptions]) -> Estimate:
+        """Tell what a `trace` (or `generate` with these captures) would send, without computing it."""
+        request = looking.estimate_request(prompt, options)
+        return looking.estimate(self._calls.ask(self._calls.introspection.Estimate, request, options.get("timeout")))
+
+
+def _each(
+    one: Callable[[Prompt | None], Answer], prompt: Prompt | None, prompts: Sequence[Prompt] | None
+) -> Answer | list[Answer]:
+    """The answer for one prompt, or for each of several, asked about at the same time."""
+    if prompts is None:
+        return one(prompt)
+    if prompt is not None:
+        raise InvalidArgument("prompts: give a prompt or prompts, not both")
+    with ThreadPoolExecutor(max(1, min(len(prompts), AT_ONCE))) as pool:
+        return list(pool.map(one, prompts))

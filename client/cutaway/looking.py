@@ -1,0 +1,202 @@
+"""What the calls that look inside ask, and what they make of the answer: shared by both clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypedDict
+
+from cutaway import requests
+from cutaway.errors import InvalidArgument
+from cutaway.options import GenerateOptions, Message
+from cutaway.results import Estimate, LensResult, Point
+from cutaway.v1 import inference_pb2, introspection_pb2
+
+if TYPE_CHECKING:
+    from cutaway.arrays import Array, Arrays
+    from cutaway.capture import Positions, Spans
+    from cutaway.edit import Edit
+    from cutaway.transcript import Transcript
+
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+class PromptOptions(TypedDict, total=False):
+    """What every call that looks inside takes beside the prompt. Exactly one prompt is given, or `prompts`."""
+
+    token_ids: Iterable[int] | None  # the prompt as tokens, used as they are
+    messages: Iterable[Message] | None  # the prompt as a conversation
+    parse_special_tokens: bool | None  # read "<|im_start|>" in a prompt as a token. Default False
+    add_special_tokens: bool | None  # add the tokens the model expects around a prompt, as BOS. Default True
+    prefix_caching: bool | None  # let the request read and feed the prefix cache. Default True
+    edits: Iterable[Edit] | None  # changes of inner values, made in this order at each point. Default: none
+    max_capture_bytes: int | None  # refuse the request if it could send more. Default: the server's limit
+    request_id: str | None  # the request's name. Default: picked by the server
+    timeout: float | None  # seconds until DeadlineExceeded. Default: the client's
+
+
+class HiddenStatesOptions(PromptOptions, total=False):
+    """All keywords of `hidden_states`."""
+
+    layers: Iterable[int] | None  # i is what block i reads, n_layers what the last block leaves. Default all
+    positions: Positions  # "all", "last", [5, -1], range(0, 100, 2). Default "all"
+    dtype: str  # "F32", "F16" or "BF16". Default "F32"
+
+
+class AttentionOptions(PromptOptions, total=False):
+    """All keywords of `attention`."""
+
+    layers: Iterable[int] | None  # default all
+    heads: Iterable[int] | None  # query heads; default all
+    queries: Positions  # as positions. Default "all"
+    keys: Spans  # spans of keys, such as [(0, 4)]. Default all
+    top_k: int | None  # only so many of the largest of each query. Default: all
+    dtype: str  # "F32", "F16" or "BF16". Default "F32"
+
+
+class LensOptions(PromptOptions, total=False):
+    """All keywords of `logit_lens`."""
+
+    layers: Iterable[int] | None  # as for `hidden_states`. Default all
+    positions: Positions  # default "all"
+    top_k: int  # likeliest tokens. Default 5
+    tokens: Iterable[int]  # ids whose log-probability and rank to tell. Default none
+
+
+class TraceOptions(GenerateOptions, total=False):
+    """All keywords of `trace`: those of `generate`, of which max_tokens is 0 by default, and what to look at."""
+
+    points: Iterable[str]  # names of points, with a layer's number or "*"
+    positions: Positions  # of `points`. Default "all"
+
+
+def generate_of(prompt: Prompt | None, options: Mapping[str, object]) -> inference_pb2.GenerateRequest:
+    """The request for a prompt given as text, tokens or a conversation."""
+    given = {name: options[name] for name in GenerateOptions.__annotations__ if name in options}
+    if prompt is not None and not isinstance(prompt, str):
+        listed = list(prompt)
+        given["messages" if listed and isinstance(listed[0], Mapping) else "token_ids"] = listed
+        prompt = None
+    return requests.generate_request(prompt, given)  # type: ignore[arg-type]
+
+
+def trace_request(prompt: Prompt | None, options: TraceOptions) -> introspection_pb2.TraceRequest:
+    """The wire's request."""
+    from cutaway.capture import Capture
+
+    requests.refuse_unknown("trace", options.keys(), TraceOptions.__annotations__)
+    points = options.get("points", ())
+    if isinstance(points, str):
+        points = (points,)
+    where = options.get("positions", "all")
+    captures = [Capture(point, positions=where) for point in points]
+    given = {**options, "captures": [*captures, *(options.get("captures") or ())]}
+    if not given["captures"]:
+        raise InvalidArgument("points: name at least one, or give captures")
+    return introspection_pb2.TraceRequest(generate=generate_of(prompt, given))
+
+
+def hidden_states_request(
+    prompt: Prompt | None, options: HiddenStatesOptions
+) -> introspection_pb2.GetHiddenStatesRequest:
+    """The wire's request."""
+    from cutaway.capture import indices, positions
+
+    requests.refuse_unknown("hidden_states", options.keys(), HiddenStatesOptions.__annotations__)
+    request = introspection_pb2.GetHiddenStatesRequest(
+        generate=generate_of(prompt, options),
+        positions=positions(options.get("positions", "all")),
+        dtype=options.get("dtype", "F32"),
+    )
+    if (layers := options.get("layers")) is not None:
+        request.layers.CopyFrom(indices(layers, "layers"))
+    return request
+
+
+def attention_request(prompt: Prompt | None, options: AttentionOptions) -> introspection_pb2.GetAttentionRequest:
+    """The wire's request."""
+    from cutaway.capture import indices, positions, spans
+
+    requests.refuse_unknown("attention", options.keys(), AttentionOptions.__annotations__)
+    request = introspection_pb2.GetAttentionRequest(
+        generate=generate_of(prompt, options),
+        queries=positions(options.get("queries", "all")),
+        keys=spans(options.get("keys", ())),
+        dtype=options.get("dtype", "F32"),
+    )
+    for name, chosen in (("layers", options.get("layers")), ("heads", options.get("heads"))):
+        if chosen is not None:
+            getattr(request, name).CopyFrom(indices(chosen, name))
+    requests.put(request, "top_k", options.get("top_k"))
+    return request
+
+
+def lens_request(prompt: Prompt | None, options: LensOptions) -> introspection_pb2.LogitLensRequest:
+    """The wire's request."""
+    from cutaway.capture import indices, lens, positions
+
+    requests.refuse_unknown("logit_lens", options.keys(), LensOptions.__annotations__)
+    request = introspection_pb2.LogitLensRequest(
+        generate=generate_of(prompt, options),
+        positions=positions(options.get("positions", "all")),
+        lens=lens(options.get("top_k", 5), options.get("tokens", ())),
+    )
+    if (layers := options.get("layers")) is not None:
+        request.layers.CopyFrom(indices(layers, "layers"))
+    return request
+
+
+def estimate_request(prompt: Prompt | None, options: TraceOptions) -> introspection_pb2.EstimateRequest:
+    """The wire's request."""
+    generate = trace_request(prompt, options).generate
+    if not generate.sampling.HasField("max_tokens"):
+        generate.sampling.max_tokens = 0  # as `trace`
+    return introspection_pb2.EstimateRequest(generate=generate)
+
+
+def traced(transcript: Transcript) -> Arrays:
+    """One array for each point and layer."""
+    from cutaway.seen import by_layer
+
+    return by_layer(transcript.captures)
+
+
+def hidden_states(transcript: Transcript) -> Array:
+    """[layer, pos, d_model]."""
+    from cutaway.seen import layers_joined
+
+    return layers_joined(transcript.captures.values())
+
+
+def attention(transcript: Transcript) -> Array:
+    """[layer, head, q_pos, k_pos], or [layer, head, q_pos, top]."""
+    return next(iter(transcript.captures.values()))
+
+
+def lens_result(transcript: Transcript) -> LensResult:
+    """What each layer's residual predicts."""
+    parts = hidden_states(transcript).parts
+    return LensResult(*(parts.get(name) for name in ("tokens", "logprobs", "given_logprobs", "given_ranks")))
+
+
+def estimate(wire: introspection_pb2.EstimateResponse) -> Estimate:
+    """What a request would send."""
+    return Estimate(wire.bytes, tuple(wire.capture_bytes), wire.max_bytes, wire.open_layers, wire.refusal)
+
+
+COSTS = {
+    introspection_pb2.COST_COPY: "copy",
+    introspection_pb2.COST_OPEN: "open",
+    introspection_pb2.COST_CONTEXT: "context",
+    introspection_pb2.COST_MATRIX: "matrix",
+}
+
+
+def points(wire: introspection_pb2.ListPointsResponse) -> tuple[Point, ...]:
+    """The points of the model."""
+    return tuple(
+        Point(
+            each.name, tuple(each.axes), tuple(each.shape), each.dtype, each.readable, each.writable,
+            COSTS.get(each.cost, "unspecified"), each.bytes_per_position, tuple(each.aliases), each.description,
+        )
+        for each in wire.points
+    )  # fmt: skip

@@ -1,0 +1,126 @@
+"""One way to compute a request and stream its answer, whichever call asked for it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from cutaway.v1 import inference_pb2 as v1
+from google.protobuf.message import Message
+
+from cutaway_server.config import Config
+from cutaway_server.engine.build import EngineFacts
+from cutaway_server.errors import QueueFull
+from cutaway_server.service.asking import Limits, ask, name_of
+from cutaway_server.service.caller import Caller, Scope, current
+from cutaway_server.service.describing import started
+from cutaway_server.service.desk import Desk
+from cutaway_server.service.reply import Asked, Reply
+from cutaway_server.service.status import Context, Loading, PermissionDenied
+from cutaway_server.service.workers import Workers
+from cutaway_server.text.tokenizer import TextModel
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The model served, once it is loaded."""
+
+    facts: EngineFacts
+    text: TextModel
+
+
+class Generation:
+    """Computes requests. `served` is set when the model is ready; until then calls are UNAVAILABLE."""
+
+    def __init__(self, desk: Desk, workers: Workers, config: Config) -> None:
+        self.served: Served | None = None
+        self._desk = desk
+        self._workers = workers
+        self._config = config
+        self._held = 0  # bytes that captures of requests at work may come to
+
+    def ready(self) -> Served:
+        """The model served.
+
+        Raises:
+            Loading: it is not ready yet.
+        """
+        if self.served is None:
+            raise Loading("the model is still being loaded")
+        return self.served
+
+    def limits(self) -> Limits:
+        """What requests must stay within."""
+        config = self._config
+        return Limits(self.ready().facts, config.max_prompt_bytes, config.max_backlog, config.max_capture_bytes)
+
+    async def ask(
+        self, request: v1.GenerateRequest, deadline: float | None = None, *, limits: Limits | None = None
+    ) -> Asked:
+        """Check and tokenise a request, on a worker thread; `limits` are the server's unless others are given.
+
+        Raises:
+            CutawayError: it is refused.
+        """
+        served, call = self.ready(), current()
+        check_scopes(request, call.caller)
+        work = partial(
+            ask, request, served.text, limits or self.limits(), time.monotonic(), deadline, call.caller.tenant
+        )
+        return await self._workers.run(work, request.ByteSize())
+
+    # Writing to the context, rather than yielding, lets a cancelled call clean up at once.
+    async def stream(
+        self, request: v1.GenerateRequest, context: Context, wrap: Callable[[v1.GenerateResponse], Message]
+    ) -> None:
+        """Stream one request's events, each as the message that `wrap` makes of it."""
+        served = self.ready()
+        self._desk.admit()
+        remaining = context.time_remaining()
+        deadline = None if remaining is None else time.monotonic() + remaining
+        call = current()
+        request.request_id = name_of(request)
+        with self._desk.arriving(request.request_id, call.caller.tenant):
+            asked = await self.ask(request, deadline)
+            call.request_id = request.request_id
+            if self._config.log_prompts:
+                log.info("request %s: prompt %r", call.request_id, served.text.decode(asked.request.prompt))
+            make = partial(Reply, asked, started(served.facts), self._config.max_backlog)
+            with self._holding(asked.capture_bytes), self._desk.stream(asked.request, make) as reply:
+                while messages := await reply.take():
+                    for message in messages:
+                        await context.write(wrap(message))
+
+    @contextmanager
+    def _holding(self, size: int) -> Iterator[None]:
+        """Keep room for captured values that may wait for their reader."""
+        if size and self._held + size > self._config.capture_memory:
+            rule = f"requests at work may hold {self._held} bytes of captures, of {self._config.capture_memory}"
+            raise QueueFull(f"captures: {size} bytes more are too many: {rule}", RETRY_AFTER_SECONDS)
+        self._held += size
+        try:
+            yield
+        finally:
+            self._held -= size
+
+
+def check_scopes(request: v1.GenerateRequest, caller: Caller) -> None:
+    """Let only those look inside, or change what is there, who may.
+
+    Raises:
+        PermissionDenied: the caller lacks the scope.
+    """
+    has = ", ".join(sorted(caller.scopes))
+    for field, asked, scope in (
+        ("captures", request.captures, Scope.INTROSPECT), ("edits", request.edits, Scope.EDIT),
+    ):  # fmt: skip
+        if asked and scope not in caller.scopes:
+            raise PermissionDenied(f"{field}: asks for scope {scope}, and {caller.name!r} has {has}")
