@@ -78,7 +78,9 @@ def pack_gated(
         together = torch.stack(tuple(halves), 1).flatten()
     rows = weight.shape[0]
     if isinstance(weight, Quantized):
-        return pack_quantized((weight.cut(0, rows // 2), weight.cut(rows // 2, rows)), together, memory, consume=consume)
+        return pack_quantized(
+            (weight.cut(0, rows // 2), weight.cut(rows // 2, rows)), together, memory, consume=consume
+        )
     gate, up = weight.chunk(2)
     if rounded is not None:
         return pack_quantized((Rounded(gate, rounded), Rounded(up, rounded)), together, memory, consume=consume)
