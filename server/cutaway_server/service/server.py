@@ -32,6 +32,7 @@ from cutaway_server.service.methods import methods_of
 from cutaway_server.service.metrics import Metrics
 from cutaway_server.service.probes import probes
 from cutaway_server.service.putting_aside import PuttingAside
+from cutaway_server.service.quotas import Quotas
 from cutaway_server.service.reflection import V1, V1ALPHA, Reflection
 from cutaway_server.service.shelf import Shelf
 from cutaway_server.service.tls import Certificates
@@ -62,8 +63,9 @@ class Server:
         self._config = config
         self._workers = Workers(config.tokenizer_threads, config.max_running + config.max_queued)
         self.desk = Desk(asyncio.get_running_loop())
+        self.quotas = Quotas()
         shelf = Shelf(config.stored_bytes, load_files(Path(config.vectors)) if config.vectors is not None else ())
-        self._generation = Generation(self.desk, self._workers, config, shelf)
+        self._generation = Generation(self.desk, self._workers, config, self.quotas, shelf)
         self._machine = Machine(self._generation, self._workers, config)
         self._health = Health(("", INFERENCE.full_name, INTROSPECTION.full_name))
         self.metrics = Metrics(config)
@@ -71,7 +73,7 @@ class Server:
         self._tls = _tls(config)
         self._audit = AuditLog(config.audit_log) if config.audit_log is not None else None
         self._grpc = grpc.aio.server(
-            interceptors=[self.metrics.calls, Gate(self._credentials, self._audit)],
+            interceptors=[self.metrics.calls, Gate(self._credentials, self._audit, self.quotas)],
             options=bounds.options(config),
             maximum_concurrent_rpcs=bounds.most_calls(config),
         )
