@@ -41,6 +41,7 @@ from cutaway.options import GenerateOptions, Message, Sampling, TokenizeOptions
 from cutaway.results import (
     Answer,
     Architecture,
+    AttributionResult,
     Completion,
     Detokenized,
     Estimate,
@@ -81,6 +82,7 @@ __all__ = [
     "AsyncClient",
     "AsyncStream",
     "AsyncWatch",
+    "AttributionResult",
     "Block",
     "BlockEvent",
     "BlockHolder",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, TypeVar, Unpack, overload
 
 from cutaway import looking
 from cutaway.errors import InvalidArgument
-from cutaway.looking import AttentionOptions, HiddenStatesOptions, LensOptions, Prompt, TraceOptions
-from cutaway.results import Estimate, LensResult, Point
+from cutaway.looking import AttentionOptions, AttributionOptions, HiddenStatesOptions, LensOptions, Prompt, TraceOptions
+from cutaway.results import AttributionResult, Estimate, LensResult, Point
 from cutaway.v1 import introspection_pb2 as pb
 
 if TYPE_CHECKING:
@@ -106,6 +106,30 @@ class Inspecting:
             request = looking.lens_request(prompt, options)
             method = self._calls.introspection.LogitLens
             return looking.lens_result(self._calls.read(method, request, options.get("timeout")))
+
+        return _each(one, prompt, prompts)
+
+    @overload
+    def attribution(
+        self, prompt: Prompt | None = None, *, prompts: None = None, **options: Unpack[AttributionOptions]
+    ) -> AttributionResult: ...
+    @overload
+    def attribution(
+        self, *, prompts: Sequence[Prompt], **options: Unpack[AttributionOptions]
+    ) -> list[AttributionResult]: ...
+    def attribution(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        prompts: Sequence[Prompt] | None = None,
+        **options: Unpack[AttributionOptions],
+    ) -> AttributionResult | list[AttributionResult]:
+        """What each layer, head and neuron adds to the logit of `target`, or to its difference from that of `minus`."""
+
+        def one(prompt: Prompt | None) -> AttributionResult:
+            request = looking.attribution_request(prompt, options)
+            method = self._calls.introspection.Attribution
+            return looking.attributed(self._calls.read(method, request, options.get("timeout")))
 
         return _each(one, prompt, prompts)
 

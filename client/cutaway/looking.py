@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypedDict
 from cutaway import requests
 from cutaway.errors import InvalidArgument
 from cutaway.options import GenerateOptions, Message
-from cutaway.results import Estimate, LensResult, Point
+from cutaway.results import AttributionResult, Estimate, LensResult, Point
 from cutaway.v1 import inference_pb2, introspection_pb2
 
 if TYPE_CHECKING:
@@ -62,6 +62,15 @@ class LensOptions(PromptOptions, total=False):
     top_k: int  # likeliest tokens. Default 5
     tokens: Iterable[int]  # ids whose log-probability and rank to tell. Default none
     translators: StoredFile | str | None  # a tuned lens: a stored file, or its id. Default none
+
+
+class AttributionOptions(PromptOptions, total=False):
+    """All keywords of `attribution`. A token is an id, or a text that is one token: " Paris"."""
+
+    target: int | str  # the token whose logit is taken apart; must be given
+    minus: int | str | None  # the token whose logit is taken away from it. Default none
+    positions: Positions  # rows that predict. Default "last"
+    neurons: int  # so many of each layer: those that add or take most. Default 10
 
 
 class TraceOptions(GenerateOptions, total=False):
@@ -147,6 +156,36 @@ def lens_request(prompt: Prompt | None, options: LensOptions) -> introspection_p
     return request
 
 
+def attribution_request(prompt: Prompt | None, options: AttributionOptions) -> introspection_pb2.AttributionRequest:
+    """The wire's request."""
+    from cutaway.capture import positions
+
+    requests.refuse_unknown("attribution", options.keys(), AttributionOptions.__annotations__)
+    if (target := options.get("target")) is None:
+        raise InvalidArgument("target: name the token whose logit is to be taken apart")
+    request = introspection_pb2.AttributionRequest(
+        generate=generate_of(prompt, options), target=token_choice(target, "target"),
+        positions=positions(options.get("positions", "last")),
+    )  # fmt: skip
+    requests.put(request, "neurons", options.get("neurons", 10))
+    if (minus := options.get("minus")) is not None:
+        request.minus.CopyFrom(token_choice(minus, "minus"))
+    return request
+
+
+def token_choice(token: int | str, field: str) -> introspection_pb2.TokenChoice:
+    """The wire's token."""
+    made = introspection_pb2.TokenChoice()
+    try:
+        if isinstance(token, str):
+            made.text = token
+        else:
+            made.id = token
+    except ValueError as error:
+        raise InvalidArgument(f"{field}: {token!r} cannot be sent: {error}") from error
+    return made
+
+
 def estimate_request(prompt: Prompt | None, options: TraceOptions) -> introspection_pb2.EstimateRequest:
     """The wire's request."""
     generate = trace_request(prompt, options).generate
@@ -178,6 +217,13 @@ def lens_result(transcript: Transcript) -> LensResult:
     """What each layer's residual predicts."""
     parts = hidden_states(transcript).parts
     return LensResult(*(parts.get(name) for name in ("tokens", "logprobs", "given_logprobs", "given_ranks")))
+
+
+def attributed(transcript: Transcript) -> AttributionResult:
+    """What each part adds."""
+    parts: dict[str, Array | None] = dict.fromkeys(AttributionResult.__dataclass_fields__)
+    parts |= {piece.header.part: piece.array for piece in transcript._pieces if piece.header.part in parts}
+    return AttributionResult(**parts)  # type: ignore[arg-type]
 
 
 def estimate(wire: introspection_pb2.EstimateResponse) -> Estimate:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         | looking.GetHiddenStatesResponse
         | looking.GetAttentionResponse
         | looking.LogitLensResponse
+        | looking.AttributionResponse
     )
 
 

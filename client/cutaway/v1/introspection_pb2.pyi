@@ -425,6 +425,111 @@ class LogitLensResponse(_message.Message):
 Global___LogitLensResponse: _TypeAlias = LogitLensResponse  # noqa: Y015
 
 @_typing.final
+class AttributionRequest(_message.Message):
+    """Whose logit to take apart."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATE_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    MINUS_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    NEURONS_FIELD_NUMBER: _builtins.int
+    neurons: _builtins.int
+    """How many neurons of each layer to tell: those that add or take most. 0: none."""
+    @_builtins.property
+    def generate(self) -> _inference_pb2.GenerateRequest:
+        """The prompt, as for Trace, for one completion. It has no captures. max_capture_bytes is held against the values that
+        the answer is computed from, which are more than the answer.
+        """
+
+    @_builtins.property
+    def target(self) -> Global___TokenChoice:
+        """The token whose logit it is."""
+
+    @_builtins.property
+    def minus(self) -> Global___TokenChoice:
+        """The token whose logit is taken away from it. Unset: none."""
+
+    @_builtins.property
+    def positions(self) -> _capture_pb2.Positions:
+        """Which rows: those that predict. Unset: the prompt's last."""
+
+    def __init__(
+        self,
+        *,
+        generate: _inference_pb2.GenerateRequest | None = ...,
+        target: Global___TokenChoice | None = ...,
+        minus: Global___TokenChoice | None = ...,
+        positions: _capture_pb2.Positions | None = ...,
+        neurons: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate", "minus", b"minus", "positions", b"positions", "target", b"target"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate", "minus", b"minus", "neurons", b"neurons", "positions", b"positions", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttributionRequest: _TypeAlias = AttributionRequest  # noqa: Y015
+
+@_typing.final
+class TokenChoice(_message.Message):
+    """A token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """By its id."""
+    text: _builtins.str
+    """By its text, which must be that of a single token: " Paris"."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "text", b"text", "token", b"token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "text", b"text", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_token: _TypeAlias = _typing.Literal["id", "text"]  # noqa: Y015
+    _WhichOneofArgType_token: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_token) -> _WhichOneofReturnType_token | None: ...
+
+Global___TokenChoice: _TypeAlias = TokenChoice  # noqa: Y015
+
+@_typing.final
+class AttributionResponse(_message.Message):
+    """One message of the stream: as of Generate. Tensors are F32, named "attribution", and their parts are: "logit" [pos],
+    before soft-capping, of target or target less minus. "embed", "pos_embed", "norm_bias", "unexplained" [pos], "attn"
+    and "mlp" [layer, pos] add up to it; unexplained is rounding, and edits of the residual stream itself. "heads" [layer,
+    pos, head], "attn_bias" and "attn_rest" [layer, pos] add up to attn; "neurons" [layer, pos, top], whose numbers are
+    "neuron_indices", "mlp_bias" and "mlp_rest" [layer, pos] to mlp. Norms are held at the scale they had.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def event(self) -> _inference_pb2.GenerateResponse:
+        """What it tells."""
+
+    def __init__(
+        self,
+        *,
+        event: _inference_pb2.GenerateResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttributionResponse: _TypeAlias = AttributionResponse  # noqa: Y015
+
+@_typing.final
 class EstimateRequest(_message.Message):
     """What to estimate."""
 

@@ -62,6 +62,11 @@ class IntrospectionStub:
                 request_serializer=cutaway_dot_v1_dot_introspection__pb2.LogitLensRequest.SerializeToString,
                 response_deserializer=cutaway_dot_v1_dot_introspection__pb2.LogitLensResponse.FromString,
                 _registered_method=True)
+        self.Attribution = channel.unary_stream(
+                '/cutaway.v1.Introspection/Attribution',
+                request_serializer=cutaway_dot_v1_dot_introspection__pb2.AttributionRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_introspection__pb2.AttributionResponse.FromString,
+                _registered_method=True)
         self.Estimate = channel.unary_unary(
                 '/cutaway.v1.Introspection/Estimate',
                 request_serializer=cutaway_dot_v1_dot_introspection__pb2.EstimateRequest.SerializeToString,
@@ -153,6 +158,13 @@ class IntrospectionServicer:
 
     def LogitLens(self, request, context):
         """Streams what the model would say if it ended after each layer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Attribution(self, request, context):
+        """Streams what each part of the network adds to a token's logit: direct logit attribution.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -262,6 +274,11 @@ def add_IntrospectionServicer_to_server(servicer, server):
                     servicer.LogitLens,
                     request_deserializer=cutaway_dot_v1_dot_introspection__pb2.LogitLensRequest.FromString,
                     response_serializer=cutaway_dot_v1_dot_introspection__pb2.LogitLensResponse.SerializeToString,
+            ),
+            'Attribution': grpc.unary_stream_rpc_method_handler(
+                    servicer.Attribution,
+                    request_deserializer=cutaway_dot_v1_dot_introspection__pb2.AttributionRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_introspection__pb2.AttributionResponse.SerializeToString,
             ),
             'Estimate': grpc.unary_unary_rpc_method_handler(
                     servicer.Estimate,
@@ -455,6 +472,33 @@ class Introspection:
             '/cutaway.v1.Introspection/LogitLens',
             cutaway_dot_v1_dot_introspection__pb2.LogitLensRequest.SerializeToString,
             cutaway_dot_v1_dot_introspection__pb2.LogitLensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Attribution(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cutaway.v1.Introspection/Attribution',
+            cutaway_dot_v1_dot_introspection__pb2.AttributionRequest.SerializeToString,
+            cutaway_dot_v1_dot_introspection__pb2.AttributionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,8 @@ class IntrospectionStub:
     """Streams attention patterns of a prompt: the short way to another."""
     LogitLens: _grpc.UnaryStreamMultiCallable[_introspection_pb2.LogitLensRequest, _introspection_pb2.LogitLensResponse]
     """Streams what the model would say if it ended after each layer."""
+    Attribution: _grpc.UnaryStreamMultiCallable[_introspection_pb2.AttributionRequest, _introspection_pb2.AttributionResponse]
+    """Streams what each part of the network adds to a token's logit: direct logit attribution."""
     Estimate: _grpc.UnaryUnaryMultiCallable[_introspection_pb2.EstimateRequest, _introspection_pb2.EstimateResponse]
     """Tells what a request would send and cost, and whether it would be refused, without computing it."""
     GetCacheStats: _grpc.UnaryUnaryMultiCallable[_machine_pb2.GetCacheStatsRequest, _machine_pb2.GetCacheStatsResponse]
@@ -83,6 +85,8 @@ class IntrospectionAsyncStub(IntrospectionStub):
     """Streams attention patterns of a prompt: the short way to another."""
     LogitLens: _aio.UnaryStreamMultiCallable[_introspection_pb2.LogitLensRequest, _introspection_pb2.LogitLensResponse]  # type: ignore[assignment]
     """Streams what the model would say if it ended after each layer."""
+    Attribution: _aio.UnaryStreamMultiCallable[_introspection_pb2.AttributionRequest, _introspection_pb2.AttributionResponse]  # type: ignore[assignment]
+    """Streams what each part of the network adds to a token's logit: direct logit attribution."""
     Estimate: _aio.UnaryUnaryMultiCallable[_introspection_pb2.EstimateRequest, _introspection_pb2.EstimateResponse]  # type: ignore[assignment]
     """Tells what a request would send and cost, and whether it would be refused, without computing it."""
     GetCacheStats: _aio.UnaryUnaryMultiCallable[_machine_pb2.GetCacheStatsRequest, _machine_pb2.GetCacheStatsResponse]  # type: ignore[assignment]
@@ -148,6 +152,14 @@ class IntrospectionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_introspection_pb2.LogitLensResponse], _abc.AsyncIterator[_introspection_pb2.LogitLensResponse]]:
         """Streams what the model would say if it ended after each layer."""
+
+    @_abc_1.abstractmethod
+    def Attribution(
+        self,
+        request: _introspection_pb2.AttributionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_introspection_pb2.AttributionResponse], _abc.AsyncIterator[_introspection_pb2.AttributionResponse]]:
+        """Streams what each part of the network adds to a token's logit: direct logit attribution."""
 
     @_abc_1.abstractmethod
     def Estimate(

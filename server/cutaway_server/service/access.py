@@ -45,6 +45,7 @@ METHODS: Mapping[str, frozenset[Scope]] = {
     INTROSPECTION + "GetHiddenStates": INTROSPECT,
     INTROSPECTION + "GetAttention": INTROSPECT,
     INTROSPECTION + "LogitLens": INTROSPECT,
+    INTROSPECTION + "Attribution": INTROSPECT,
     INTROSPECTION + "Estimate": INTROSPECT,
     INTROSPECTION + "GetCacheStats": OBSERVE,
     INTROSPECTION + "GetBlocks": OBSERVE,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from cutaway.v1 import inference_pb2 as v1
 from google.protobuf.message import Message
@@ -19,6 +20,7 @@ from cutaway_server.service.asking import Limits, ask, name_of
 from cutaway_server.service.caller import Caller, Scope, current
 from cutaway_server.service.describing import started
 from cutaway_server.service.desk import Desk
+from cutaway_server.service.gathering import Gathered
 from cutaway_server.service.quotas import Quotas
 from cutaway_server.service.reply import Asked, Reply
 from cutaway_server.service.shelf import Shelf
@@ -29,6 +31,7 @@ from cutaway_server.text.tokenizer import TextModel
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1.0
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,39 @@ class Generation:
         self, request: v1.GenerateRequest, context: Context, wrap: Callable[[v1.GenerateResponse], Message]
     ) -> None:
         """Stream one request's events, each as the message that `wrap` makes of it."""
+        async with self._answering(request, context) as reply:
+            while messages := await reply.take():
+                for message in messages:
+                    await context.write(wrap(message))
+
+    async def distil(
+        self, request: v1.GenerateRequest, context: Context, wrap: Callable[[v1.GenerateResponse], Message],
+        make: Callable[[Gathered], Iterable[v1.GenerateResponse]],
+    ) -> None:  # fmt: skip
+        """Stream one request's events, and in place of its tensors what `make`, on a worker thread, makes of them."""
+        gathered, last = Gathered(), None
+        async with self._answering(request, context) as reply:
+            while messages := await reply.take():
+                for message in messages:
+                    match message.WhichOneof("event"):
+                        case "tensor" | "chunk":
+                            gathered.take(message)
+                        case "finished":
+                            last = message
+                        case _:
+                            await context.write(wrap(message))
+            for made in await self.work(lambda: list(make(gathered))):
+                await context.write(wrap(made))
+        if last is not None:
+            await context.write(wrap(last))
+
+    async def work(self, function: Callable[[], R]) -> R:
+        """Call a function on a worker thread."""
+        return await self._workers.run(function, 0)
+
+    @asynccontextmanager
+    async def _answering(self, request: v1.GenerateRequest, context: Context) -> AsyncIterator[Reply]:
+        """The reply to a request, for as long as the block lasts."""
         served = self.ready()
         self._desk.admit()
         remaining = context.time_remaining()
@@ -103,9 +139,7 @@ class Generation:
                 self._holding(size),
                 self._desk.stream(asked.request, make) as reply,
             ):
-                while messages := await reply.take():
-                    for message in messages:
-                        await context.write(wrap(message))
+                yield reply
 
     @contextmanager
     def _holding(self, size: int) -> Iterator[None]:
