@@ -62,7 +62,7 @@ from cutaway.results import (
     Usage,
     WordMerges,
 )
-from cutaway.stored import Stored, StoredFile, StoredFiles
+from cutaway.stored import Sae, Stored, StoredFile, StoredFiles
 
 if TYPE_CHECKING:
     from cutaway.aio import AsyncClient, AsyncStream
@@ -118,6 +118,7 @@ __all__ = [
     "RequestInfo",
     "Requests",
     "ResourceExhausted",
+    "Sae",
     "Sampling",
     "ServerError",
     "Started",

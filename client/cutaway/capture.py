@@ -30,10 +30,11 @@ REGIONS = {
 class Capture:
     """Values of one point: `Capture("blocks.*.attn.hook_pattern", top_k=32)`.
 
-    `point` is a name of `list_points`, with a layer's number or "*". At most one reduction may be given.
+    `point` is a name of `list_points`, with a layer's number or "*"; with `sae` it may be left out: the point that the
+    autoencoder was trained on. At most one reduction may be given.
     """
 
-    point: str
+    point: str = ""
     _: KW_ONLY
     layers: Iterable[int] | None = None  # for a point with "*"; default all
     heads: Iterable[int] | None = None  # default all
@@ -50,6 +51,7 @@ class Capture:
     lens: int | None = None  # a residual read as predictions: so many of the likeliest tokens
     lens_tokens: Iterable[int] = ()  # and the log-probability and rank of these
     translators: StoredFile | str | None = None  # a tuned lens for `lens`: a stored file, or its id
+    sae: StoredFile | str | None = None  # a stored autoencoder, or its id: the `top_k` most active features
     after_edits: bool = False  # see the value as the request's own edits of the same point leave it
 
     def message(self) -> pb.Capture:
@@ -68,6 +70,8 @@ class Capture:
         chosen = [name for name in REDUCTIONS if getattr(self, name) is not None and getattr(self, name) is not False]
         if self.lens is None and tuple(self.lens_tokens):
             chosen.append("lens")
+        if self.sae is not None and "top_k" in chosen:
+            chosen.remove("top_k")
         if len(chosen) > 1:
             raise InvalidArgument(f"captures: {self.point!r} has {' and '.join(chosen)}; give at most one")
         for name in chosen:
@@ -87,11 +91,15 @@ class Capture:
                 made.project.vectors = np.atleast_2d(np.asarray(self.project, "<f4")).tobytes()
             case "lens":
                 made.lens.CopyFrom(lens(self.lens or 0, self.lens_tokens, self.translators))
+            case "sae":
+                made.features.sae = self.sae.id if isinstance(self.sae, StoredFile) else str(self.sae)
+                made.features.top_k = _unsigned("top_k", FEATURES if self.top_k is None else self.top_k)
             case _:
                 getattr(made, name).SetInParent()
 
 
-REDUCTIONS = ("top_k", "pool", "norm", "project", "sum_keys", "head_summary", "lens")
+REDUCTIONS = ("top_k", "pool", "norm", "project", "sum_keys", "head_summary", "lens", "sae")
+FEATURES = 10  # of an autoencoder, if nothing is said
 
 
 def lens(top_k: int, token_ids: Iterable[int], translators: StoredFile | str | None = None) -> pb.Lens:

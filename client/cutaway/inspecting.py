@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, TypeVar, Unpack, overload
 
 from cutaway import looking
 from cutaway.errors import InvalidArgument
-from cutaway.looking import AttentionOptions, AttributionOptions, HiddenStatesOptions, LensOptions, Prompt, TraceOptions
+from cutaway.looking import (
+    AttentionOptions,
+    AttributionOptions,
+    FeatureOptions,
+    HiddenStatesOptions,
+    LensOptions,
+    Prompt,
+    TraceOptions,
+)
 from cutaway.results import AttributionResult, Estimate, LensResult, Point
 from cutaway.v1 import introspection_pb2 as pb
 
@@ -106,6 +114,28 @@ class Inspecting:
             request = looking.lens_request(prompt, options)
             method = self._calls.introspection.LogitLens
             return looking.lens_result(self._calls.read(method, request, options.get("timeout")))
+
+        return _each(one, prompt, prompts)
+
+    @overload
+    def features(
+        self, prompt: Prompt | None = None, *, prompts: None = None, **options: Unpack[FeatureOptions]
+    ) -> Array: ...
+    @overload
+    def features(self, *, prompts: Sequence[Prompt], **options: Unpack[FeatureOptions]) -> list[Array]: ...
+    def features(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        prompts: Sequence[Prompt] | None = None,
+        **options: Unpack[FeatureOptions],
+    ) -> Array | list[Array]:
+        """The most active features of a stored sparse autoencoder, [pos, top]; `.indices` says which they are."""
+
+        def one(prompt: Prompt | None) -> Array:
+            request = looking.features_request(prompt, options)
+            method = self._calls.introspection.Trace
+            return looking.features(self._calls.read(method, request, options.get("timeout")))
 
         return _each(one, prompt, prompts)
 

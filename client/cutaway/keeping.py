@@ -27,7 +27,8 @@ class Keeping:
     def put_vectors(self, source: Source, *, name: str = "", timeout: float | None = None) -> StoredFile:
         """Keep vectors on the server: arrays by name, one array, or the path of a safetensors file.
 
-        The file's id is a hash of its content. It stays until it is deleted or the server ends.
+        The path of a directory is that of a sparse autoencoder as SAELens saves it. The file's id is a hash of its
+        content. It stays until it is deleted or the server ends.
 
         Raises:
             InvalidArgument: it is no safetensors file of finite floats.

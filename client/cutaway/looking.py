@@ -64,6 +64,15 @@ class LensOptions(PromptOptions, total=False):
     translators: StoredFile | str | None  # a tuned lens: a stored file, or its id. Default none
 
 
+class FeatureOptions(PromptOptions, total=False):
+    """All keywords of `features`."""
+
+    sae: StoredFile | str  # a stored autoencoder, or its id; must be given
+    point: str  # what it reads. Default: what it was trained on
+    positions: Positions  # default "all"
+    top_k: int  # most active features. Default 10
+
+
 class AttributionOptions(PromptOptions, total=False):
     """All keywords of `attribution`. A token is an id, or a text that is one token: " Paris"."""
 
@@ -156,6 +165,19 @@ def lens_request(prompt: Prompt | None, options: LensOptions) -> introspection_p
     return request
 
 
+def features_request(prompt: Prompt | None, options: FeatureOptions) -> introspection_pb2.TraceRequest:
+    """The wire's request."""
+    from cutaway.capture import Capture
+
+    requests.refuse_unknown("features", options.keys(), FeatureOptions.__annotations__)
+    if (sae := options.get("sae")) is None:
+        raise InvalidArgument("sae: name the autoencoder whose features are to be told")
+    capture = Capture(
+        options.get("point", ""), positions=options.get("positions", "all"), sae=sae, top_k=options.get("top_k")
+    )
+    return introspection_pb2.TraceRequest(generate=generate_of(prompt, {**options, "captures": [capture]}))
+
+
 def attribution_request(prompt: Prompt | None, options: AttributionOptions) -> introspection_pb2.AttributionRequest:
     """The wire's request."""
     from cutaway.capture import positions
@@ -210,6 +232,11 @@ def hidden_states(transcript: Transcript) -> Array:
 
 def attention(transcript: Transcript) -> Array:
     """[layer, head, q_pos, k_pos], or [layer, head, q_pos, top]."""
+    return next(iter(transcript.captures.values()))
+
+
+def features(transcript: Transcript) -> Array:
+    """[pos, top], or with "*" as the point's layer [layer, pos, top]; `active` [pos] is a part."""
     return next(iter(transcript.captures.values()))
 
 

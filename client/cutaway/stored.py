@@ -35,15 +35,26 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
+class Sae:
+    """What a sparse autoencoder is."""
+
+    architecture: str  # "standard", "gated", "topk", "jumprelu"
+    hook_name: str  # the point that it was trained on
+    d_in: int
+    d_sae: int  # features
+
+
+@dataclass(frozen=True, slots=True)
 class StoredFile:
     """A file that is kept. `file["name"]` is its tensor of that name, `file["name", 7]` a row of it."""
 
     id: str
     name: str
-    kind: str  # "vectors", "tuned lens"
+    kind: str  # "vectors", "tuned lens", "sae"
     bytes: int  # on the server
     tensors: Mapping[str, tuple[int, ...]]  # shapes
     shared: bool  # the operator's
+    sae: Sae | None = None
 
     def __getitem__(self, key: str | tuple[str, int]) -> Stored:
         name, rows = (key, ()) if isinstance(key, str) else (key[0], (key[1],))

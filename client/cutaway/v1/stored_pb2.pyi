@@ -31,6 +31,8 @@ class _StoredKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StoredKind
     """Vectors."""
     STORED_KIND_TUNED_LENS: _StoredKind.ValueType  # 2
     """A tuned lens: "0.weight" [d_model, d_model] and "0.bias" [d_model] for layer 0, and so on."""
+    STORED_KIND_SAE: _StoredKind.ValueType  # 3
+    """A sparse autoencoder."""
 
 class StoredKind(_StoredKind, metaclass=_StoredKindEnumTypeWrapper):
     """What kind of file it is: what it can be used for beside its tensors."""
@@ -41,6 +43,8 @@ STORED_KIND_VECTORS: StoredKind.ValueType  # 1
 """Vectors."""
 STORED_KIND_TUNED_LENS: StoredKind.ValueType  # 2
 """A tuned lens: "0.weight" [d_model, d_model] and "0.bias" [d_model] for layer 0, and so on."""
+STORED_KIND_SAE: StoredKind.ValueType  # 3
+"""A sparse autoencoder."""
 Global___StoredKind: _TypeAlias = StoredKind  # noqa: Y015
 
 @_typing.final
@@ -112,16 +116,22 @@ class VectorsHeader(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    SAE_CONFIG_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """A name to find it by in lists, at most 128 characters of [A-Za-z0-9._:-]. May be empty."""
+    sae_config: _builtins.str
+    """Of a sparse autoencoder as SAELens saves it: the text of its cfg.json; the bytes are its sae_weights.safetensors.
+    Architectures: standard, gated, topk, jumprelu.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        sae_config: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "sae_config", b"sae_config"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -163,6 +173,7 @@ class StoredFile(_message.Message):
     BYTES_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
     SHARED_FIELD_NUMBER: _builtins.int
+    SAE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """What requests call it by."""
     name: _builtins.str
@@ -177,6 +188,10 @@ class StoredFile(_message.Message):
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoredTensor]:
         """Its tensors."""
 
+    @_builtins.property
+    def sae(self) -> Global___Sae:
+        """Of a sparse autoencoder: what it is."""
+
     def __init__(
         self,
         *,
@@ -186,14 +201,49 @@ class StoredFile(_message.Message):
         bytes: _builtins.int = ...,
         tensors: _abc.Iterable[Global___StoredTensor] | None = ...,
         shared: _builtins.bool = ...,
+        sae: Global___Sae | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sae", b"sae"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "id", b"id", "kind", b"kind", "name", b"name", "shared", b"shared", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "id", b"id", "kind", b"kind", "name", b"name", "sae", b"sae", "shared", b"shared", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StoredFile: _TypeAlias = StoredFile  # noqa: Y015
+
+@_typing.final
+class Sae(_message.Message):
+    """A sparse autoencoder, as its config says."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARCHITECTURE_FIELD_NUMBER: _builtins.int
+    HOOK_NAME_FIELD_NUMBER: _builtins.int
+    D_IN_FIELD_NUMBER: _builtins.int
+    D_SAE_FIELD_NUMBER: _builtins.int
+    architecture: _builtins.str
+    """"standard", "gated", "topk", "jumprelu"."""
+    hook_name: _builtins.str
+    """The point that it was trained on. May be empty."""
+    d_in: _builtins.int
+    """Numbers it reads."""
+    d_sae: _builtins.int
+    """Features."""
+    def __init__(
+        self,
+        *,
+        architecture: _builtins.str = ...,
+        hook_name: _builtins.str = ...,
+        d_in: _builtins.int = ...,
+        d_sae: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "d_in", b"d_in", "d_sae", b"d_sae", "hook_name", b"hook_name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Sae: _TypeAlias = Sae  # noqa: Y015
 
 @_typing.final
 class StoredTensor(_message.Message):

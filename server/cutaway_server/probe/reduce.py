@@ -7,8 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cutaway_server.captures import SUMMARIES, Capture, HeadSummary, Lens, Norm, Places, Project, SumKeys, TopK
+from cutaway_server.captures import (
+    SUMMARIES,
+    Capture,
+    Features,
+    HeadSummary,
+    Lens,
+    Norm,
+    Places,
+    Project,
+    SumKeys,
+    TopK,
+)
 from cutaway_server.kernels.linear import linear
+from cutaway_server.probe.features import features
 
 Parts = dict[str, Tensor]
 Axes = tuple[tuple[str, Places], ...]
@@ -40,6 +52,12 @@ def reduce_values(capture: Capture, values: Tensor, trailing: Axes) -> Outcome:
         case Project(vectors):
             products = values @ torch.from_numpy(vectors).to(values.device).T
             return Outcome({"": products}, {"": (*trailing[:-1], ("vector", range(len(vectors))))})
+        case Features(sae, top_k):
+            joined = values.flatten(2)
+            parts = features(sae, top_k, joined.flatten(0, 1))
+            shaped = {name: torch.unflatten(part, 0, joined.shape[:2]) for name, part in parts.items()}
+            axes: Axes = (("top", range(top_k)),)
+            return Outcome(shaped, {"values": axes, "indices": axes, "active": ()})
     raise AssertionError(f"{capture.reduction} is of patterns, or is the lens")
 
 

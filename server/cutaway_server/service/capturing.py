@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -48,7 +49,9 @@ def captures_of(
 def _capture(
     message: v1.Capture, field: str, config: ModelConfig, drawer: Drawer, prompt_length: int, computed: int
 ) -> Capture:
-    found = find(config, message.point, f"{field}.point")
+    sae = _autoencoder(message, field, drawer)
+    name = sae.hook_name if sae is not None and not message.point else message.point
+    found = find(config, name, f"{field}.point")
     point = found.point
     heads = elements = None
     if message.HasField("heads"):
@@ -68,9 +71,11 @@ def _capture(
         raise InvalidField(f"{field}.keys", keys, f"{point.name} has no keys")
     width = len(elements) if elements is not None else size_of(config, point.axes[-1])
     layers = layers_of(message, found, config, field)
-    if message.HasField("lens"):
+    if sae is not None:
+        reduction: Reduction | None = _features(message, field, point, sae, config)
+    elif message.HasField("lens"):
         _check_fit("lens", f"{field}.lens", message, point)
-        reduction: Reduction | None = lens_of(message.lens, f"{field}.lens", config, drawer, (point.name, layers))
+        reduction = lens_of(message.lens, f"{field}.lens", config, drawer, (point.name, layers))
     else:
         reduction = _reduction(message, field, point, width, drawer)
     return Capture(
@@ -79,6 +84,31 @@ def _capture(
         keys if isinstance(reduction, captures.SumKeys) else merged(keys), elements, reduction, message.dtype or "F32",
         after_edits=message.after_edits,
     )  # fmt: skip
+
+
+def _autoencoder(message: v1.Capture, field: str, drawer: Drawer) -> captures.Sae | None:
+    """The autoencoder that a capture names."""
+    if not message.HasField("features"):
+        return None
+    kept = drawer.find(message.features.sae, f"{field}.features.sae")
+    if kept.sae is None:
+        raise InvalidField(f"{field}.features.sae", message.features.sae, "is no sparse autoencoder")
+    return kept.sae
+
+
+def _features(
+    message: v1.Capture, field: str, point: Point, sae: captures.Sae, config: ModelConfig
+) -> captures.Features:
+    place, (d_in, d_sae) = f"{field}.features", sae.w_enc.shape
+    for name in ("heads", "elements"):
+        if message.HasField(name):
+            raise InvalidField(f"{field}.{name}", "set", "must not be set with features, which read all of a row")
+    width = 0 if point.keyed else math.prod(size_of(config, axis) for axis in point.axes[1:])
+    if width != d_in:
+        raise InvalidField(f"{place}.sae", f"reads {d_in} numbers", f"{point.name} has {width}")
+    if not 1 <= message.features.top_k <= d_sae:
+        raise InvalidField(f"{place}.top_k", message.features.top_k, f"must be in [1, {d_sae}]")
+    return captures.Features(sae, message.features.top_k)
 
 
 def layers_of(message: v1.Capture | edit_pb2.Edit, found: Found, config: ModelConfig, field: str) -> tuple[int, ...]:

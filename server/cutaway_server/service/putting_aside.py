@@ -17,7 +17,9 @@ from cutaway_server.service.status import Context
 from cutaway_server.service.workers import Workers
 
 NAME = re.compile(r"[A-Za-z0-9._:-]{0,128}")
-KINDS = {Kind.VECTORS: v1.STORED_KIND_VECTORS, Kind.TUNED_LENS: v1.STORED_KIND_TUNED_LENS}
+KINDS = {
+    Kind.VECTORS: v1.STORED_KIND_VECTORS, Kind.TUNED_LENS: v1.STORED_KIND_TUNED_LENS, Kind.SAE: v1.STORED_KIND_SAE,
+}  # fmt: skip
 
 
 class PuttingAside:
@@ -45,7 +47,7 @@ class PuttingAside:
             if header is None:
                 raise InvalidField("header", None, "must be the first message")
             data = arriving.data
-            kept = await self._workers.run(partial(read_file, data, header.name), len(data))
+            kept = await self._workers.run(partial(read_file, data, header.name, header.sae_config), len(data))
         self._shelf.put(tenant, kept)
         return v1.PutVectorsResponse(file=told(kept, shared=False))
 
@@ -73,6 +75,11 @@ def _check_header(header: v1.VectorsHeader, before: v1.VectorsHeader | None) -> 
 def told(kept: Kept, *, shared: bool) -> v1.StoredFile:
     """A file as lists tell it."""
     tensors = [v1.StoredTensor(name=name, shape=tensor.shape) for name, tensor in sorted(kept.tensors.items())]
-    return v1.StoredFile(
+    made = v1.StoredFile(
         id=kept.id, name=kept.name, kind=KINDS[kept.kind], bytes=kept.n_bytes, tensors=tensors, shared=shared
     )
+    if kept.sae is not None:
+        d_in, d_sae = kept.sae.w_enc.shape
+        sae = v1.Sae(architecture=kept.sae.architecture, hook_name=kept.sae.hook_name, d_in=d_in, d_sae=d_sae)
+        made.sae.CopyFrom(sae)
+    return made

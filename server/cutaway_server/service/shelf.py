@@ -11,6 +11,7 @@ from enum import Enum
 import numpy as np
 from cutaway.v1 import stored_pb2 as v1
 
+from cutaway_server.captures import Sae
 from cutaway_server.edits import Floats
 from cutaway_server.errors import InvalidField, NotFound, OverBudget
 
@@ -22,6 +23,7 @@ class Kind(Enum):
 
     VECTORS = "vectors"
     TUNED_LENS = "tuned lens"
+    SAE = "sae"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +34,7 @@ class Kept:
     name: str
     kind: Kind
     tensors: Mapping[str, Floats]
+    sae: Sae | None = None
 
     @property
     def n_bytes(self) -> int:
