@@ -93,10 +93,10 @@ def test_the_asynchronous_client_has_the_same_calls() -> None:
     assert calls(Client) == calls(AsyncClient)
     assert set(calls(Client)) == {
         "abort", "attention", "attribution",
-        "close", "complete", "detokenize", "estimate", "generate", "health", "hidden_states",
+        "close", "complete", "detokenize", "features", "estimate", "generate", "health", "hidden_states",
         "list_points", "logit_lens", "model", "tokenize", "trace",
         "blocks", "cache_stats", "predict_cache_hit", "read_cache", "requests", "watch_cache", "watch_steps",
-        "delete_vectors", "list_vectors", "put_vectors",
+        "delete_vectors", "list_vectors", "put_vectors", "nearest_tokens", "weights",
     }  # fmt: skip
     assert inspect.signature(Client) == inspect.signature(AsyncClient)
 

@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from cutaway.edit import Edit
     from cutaway.machine_aio import AsyncWatch
     from cutaway.machine_calls import Watch
+    from cutaway.weighing import NearestTokens, ScoredToken
 
 __all__ = [
     "AlreadyExists",
@@ -110,6 +111,7 @@ __all__ = [
     "Merge",
     "Message",
     "Model",
+    "NearestTokens",
     "NotFound",
     "PermissionDenied",
     "Point",
@@ -120,6 +122,7 @@ __all__ = [
     "ResourceExhausted",
     "Sae",
     "Sampling",
+    "ScoredToken",
     "ServerError",
     "Started",
     "Step",
@@ -161,6 +164,10 @@ def __getattr__(name: str) -> object:
         from cutaway import machine_aio
 
         return machine_aio.AsyncWatch
+    if name in ("NearestTokens", "ScoredToken"):
+        from cutaway import weighing
+
+        return getattr(weighing, name)
     if name in ("Array", "Arrays"):
         from cutaway import arrays
 

@@ -27,6 +27,7 @@ from cutaway.transcript import Transcript
 from cutaway.v1 import inference_pb2 as pb
 from cutaway.v1.inference_pb2_grpc import InferenceStub
 from cutaway.v1.introspection_pb2_grpc import IntrospectionStub
+from cutaway.weighing import AsyncWeighing
 
 if TYPE_CHECKING:
     from cutaway.transcript import Response
@@ -151,6 +152,19 @@ class AsyncCalls:
             raise_unless_cancelled(error)
             raise
 
+    async def each(
+        self, method: grpc.aio.UnaryStreamMultiCallable[Asked, Told], request: Asked, timeout: float | None
+    ) -> AsyncIterator[Told]:
+        """The messages of a stream that is no request's."""
+        client = self._client
+        try:
+            async for message in method(request, timeout=client._seconds(timeout), metadata=client._security.metadata):
+                yield message
+        except grpc.RpcError as error:
+            raise error_of(error, client.address) from error
+        except asyncio.CancelledError as error:
+            raise_unless_cancelled(error)
+
     async def read(
         self, method: grpc.aio.UnaryStreamMultiCallable[Asked, Streamed], request: Asked, timeout: float | None
     ) -> AsyncStream:
@@ -163,7 +177,7 @@ class AsyncCalls:
         return stream
 
 
-class AsyncClient(AsyncInspecting, AsyncKeeping, AsyncMachineCalls):
+class AsyncClient(AsyncInspecting, AsyncKeeping, AsyncWeighing, AsyncMachineCalls):
     """A connection to one server, for one event loop; `async with AsyncClient(...) as client`. See `Client`."""
 
     def __init__(

@@ -26,6 +26,7 @@ from cutaway.transcript import Transcript
 from cutaway.v1 import inference_pb2 as pb
 from cutaway.v1.inference_pb2_grpc import InferenceStub
 from cutaway.v1.introspection_pb2_grpc import IntrospectionStub
+from cutaway.weighing import Weighing
 
 if TYPE_CHECKING:
     from cutaway.attempts import Call
@@ -122,6 +123,17 @@ class Calls:
         except grpc.RpcError as error:
             raise error_of(error, client.address) from error
 
+    def each(
+        self, method: grpc.UnaryStreamMultiCallable[Asked, Told], request: Asked, timeout: float | None
+    ) -> Iterator[Told]:
+        """The messages of a stream that is no request's."""
+        client = self._client
+        client._check_open()
+        try:
+            yield from method(request, timeout=client._seconds(timeout), metadata=client._metadata)
+        except grpc.RpcError as error:
+            raise error_of(error, client.address) from error
+
     def read(
         self, method: grpc.UnaryStreamMultiCallable[Asked, Streamed], request: Asked, timeout: float | None
     ) -> Transcript:
@@ -139,7 +151,7 @@ class Calls:
         return stream
 
 
-class Client(Inspecting, Keeping, MachineCalls):
+class Client(Inspecting, Keeping, Weighing, MachineCalls):
     """A connection to one server: `Client("127.0.0.1:50051")`. Close it, or use it in a `with` block.
 
     `api_key` says who you are; it is sent over TLS, or within this machine. `tls=True` speaks TLS and trusts the usual

@@ -175,6 +175,7 @@ class Config(BaseModel):
     stored_bytes: Annotated[Bytes, Field(ge=0)] = Field(
         2**29, description="Bytes that each tenant may put aside on the server (vectors, autoencoders); 0 keeps none."
     )
+    serve_weights: bool = Field(False, description="Let those who have the scope weights read the model's weights.")
     max_streams: Count = Field(1024, description="Calls open on one connection, at most.")
     max_connections: Count = Field(1024, description="Connections open at the same time, at most.")
     max_connection_age: Annotated[float, Field(ge=1, le=LONGEST_AGE)] | None = Field(

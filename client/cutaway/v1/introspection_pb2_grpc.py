@@ -6,6 +6,7 @@ import warnings
 from cutaway.v1 import introspection_pb2 as cutaway_dot_v1_dot_introspection__pb2
 from cutaway.v1 import machine_pb2 as cutaway_dot_v1_dot_machine__pb2
 from cutaway.v1 import stored_pb2 as cutaway_dot_v1_dot_stored__pb2
+from cutaway.v1 import weights_pb2 as cutaway_dot_v1_dot_weights__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -106,6 +107,16 @@ class IntrospectionStub:
                 '/cutaway.v1.Introspection/PredictCacheHit',
                 request_serializer=cutaway_dot_v1_dot_machine__pb2.PredictCacheHitRequest.SerializeToString,
                 response_deserializer=cutaway_dot_v1_dot_machine__pb2.PredictCacheHitResponse.FromString,
+                _registered_method=True)
+        self.GetWeights = channel.unary_stream(
+                '/cutaway.v1.Introspection/GetWeights',
+                request_serializer=cutaway_dot_v1_dot_weights__pb2.GetWeightsRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_weights__pb2.GetWeightsResponse.FromString,
+                _registered_method=True)
+        self.GetNearestTokens = channel.unary_unary(
+                '/cutaway.v1.Introspection/GetNearestTokens',
+                request_serializer=cutaway_dot_v1_dot_weights__pb2.GetNearestTokensRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_weights__pb2.GetNearestTokensResponse.FromString,
                 _registered_method=True)
         self.PutVectors = channel.stream_unary(
                 '/cutaway.v1.Introspection/PutVectors',
@@ -226,6 +237,21 @@ class IntrospectionServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetWeights(self, request, context):
+        """Streams a weight, or a slice of it, as it is served. Off unless the operator allows it. Scope `weights`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetNearestTokens(self, request, context):
+        """Tells which tokens a vector of the residual stream, or a neuron, is about. Off unless the operator allows it. Scope
+        `weights`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PutVectors(self, request_iterator, context):
         """Keeps a safetensors file, so that edits and captures can name its tensors. Scope `introspect` or `edit`.
         """
@@ -319,6 +345,16 @@ def add_IntrospectionServicer_to_server(servicer, server):
                     servicer.PredictCacheHit,
                     request_deserializer=cutaway_dot_v1_dot_machine__pb2.PredictCacheHitRequest.FromString,
                     response_serializer=cutaway_dot_v1_dot_machine__pb2.PredictCacheHitResponse.SerializeToString,
+            ),
+            'GetWeights': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetWeights,
+                    request_deserializer=cutaway_dot_v1_dot_weights__pb2.GetWeightsRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_weights__pb2.GetWeightsResponse.SerializeToString,
+            ),
+            'GetNearestTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetNearestTokens,
+                    request_deserializer=cutaway_dot_v1_dot_weights__pb2.GetNearestTokensRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_weights__pb2.GetNearestTokensResponse.SerializeToString,
             ),
             'PutVectors': grpc.stream_unary_rpc_method_handler(
                     servicer.PutVectors,
@@ -715,6 +751,60 @@ class Introspection:
             '/cutaway.v1.Introspection/PredictCacheHit',
             cutaway_dot_v1_dot_machine__pb2.PredictCacheHitRequest.SerializeToString,
             cutaway_dot_v1_dot_machine__pb2.PredictCacheHitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cutaway.v1.Introspection/GetWeights',
+            cutaway_dot_v1_dot_weights__pb2.GetWeightsRequest.SerializeToString,
+            cutaway_dot_v1_dot_weights__pb2.GetWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetNearestTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cutaway.v1.Introspection/GetNearestTokens',
+            cutaway_dot_v1_dot_weights__pb2.GetNearestTokensRequest.SerializeToString,
+            cutaway_dot_v1_dot_weights__pb2.GetNearestTokensResponse.FromString,
             options,
             channel_credentials,
             insecure,

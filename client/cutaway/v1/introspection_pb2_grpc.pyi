@@ -7,6 +7,7 @@ from collections import abc as _abc
 from cutaway.v1 import introspection_pb2 as _introspection_pb2
 from cutaway.v1 import machine_pb2 as _machine_pb2
 from cutaway.v1 import stored_pb2 as _stored_pb2
+from cutaway.v1 import weights_pb2 as _weights_pb2
 from grpc import aio as _aio
 import abc as _abc_1
 import grpc as _grpc
@@ -63,6 +64,12 @@ class IntrospectionStub:
     """Tells which requests of the caller's tenant wait, run, or have ended and are kept. Scope `observe`."""
     PredictCacheHit: _grpc.UnaryUnaryMultiCallable[_machine_pb2.PredictCacheHitRequest, _machine_pb2.PredictCacheHitResponse]
     """Tells how much of a prompt the prefix cache has. Scope `observe` or `generate`."""
+    GetWeights: _grpc.UnaryStreamMultiCallable[_weights_pb2.GetWeightsRequest, _weights_pb2.GetWeightsResponse]
+    """Streams a weight, or a slice of it, as it is served. Off unless the operator allows it. Scope `weights`."""
+    GetNearestTokens: _grpc.UnaryUnaryMultiCallable[_weights_pb2.GetNearestTokensRequest, _weights_pb2.GetNearestTokensResponse]
+    """Tells which tokens a vector of the residual stream, or a neuron, is about. Off unless the operator allows it. Scope
+    `weights`.
+    """
     PutVectors: _grpc.StreamUnaryMultiCallable[_stored_pb2.PutVectorsRequest, _stored_pb2.PutVectorsResponse]
     """Keeps a safetensors file, so that edits and captures can name its tensors. Scope `introspect` or `edit`."""
     ListVectors: _grpc.UnaryUnaryMultiCallable[_stored_pb2.ListVectorsRequest, _stored_pb2.ListVectorsResponse]
@@ -103,6 +110,12 @@ class IntrospectionAsyncStub(IntrospectionStub):
     """Tells which requests of the caller's tenant wait, run, or have ended and are kept. Scope `observe`."""
     PredictCacheHit: _aio.UnaryUnaryMultiCallable[_machine_pb2.PredictCacheHitRequest, _machine_pb2.PredictCacheHitResponse]  # type: ignore[assignment]
     """Tells how much of a prompt the prefix cache has. Scope `observe` or `generate`."""
+    GetWeights: _aio.UnaryStreamMultiCallable[_weights_pb2.GetWeightsRequest, _weights_pb2.GetWeightsResponse]  # type: ignore[assignment]
+    """Streams a weight, or a slice of it, as it is served. Off unless the operator allows it. Scope `weights`."""
+    GetNearestTokens: _aio.UnaryUnaryMultiCallable[_weights_pb2.GetNearestTokensRequest, _weights_pb2.GetNearestTokensResponse]  # type: ignore[assignment]
+    """Tells which tokens a vector of the residual stream, or a neuron, is about. Off unless the operator allows it. Scope
+    `weights`.
+    """
     PutVectors: _aio.StreamUnaryMultiCallable[_stored_pb2.PutVectorsRequest, _stored_pb2.PutVectorsResponse]  # type: ignore[assignment]
     """Keeps a safetensors file, so that edits and captures can name its tensors. Scope `introspect` or `edit`."""
     ListVectors: _aio.UnaryUnaryMultiCallable[_stored_pb2.ListVectorsRequest, _stored_pb2.ListVectorsResponse]  # type: ignore[assignment]
@@ -224,6 +237,24 @@ class IntrospectionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_machine_pb2.PredictCacheHitResponse, _abc.Awaitable[_machine_pb2.PredictCacheHitResponse]]:
         """Tells how much of a prompt the prefix cache has. Scope `observe` or `generate`."""
+
+    @_abc_1.abstractmethod
+    def GetWeights(
+        self,
+        request: _weights_pb2.GetWeightsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_weights_pb2.GetWeightsResponse], _abc.AsyncIterator[_weights_pb2.GetWeightsResponse]]:
+        """Streams a weight, or a slice of it, as it is served. Off unless the operator allows it. Scope `weights`."""
+
+    @_abc_1.abstractmethod
+    def GetNearestTokens(
+        self,
+        request: _weights_pb2.GetNearestTokensRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weights_pb2.GetNearestTokensResponse, _abc.Awaitable[_weights_pb2.GetNearestTokensResponse]]:
+        """Tells which tokens a vector of the residual stream, or a neuron, is about. Off unless the operator allows it. Scope
+        `weights`.
+        """
 
     @_abc_1.abstractmethod
     def PutVectors(

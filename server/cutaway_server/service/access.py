@@ -28,6 +28,7 @@ KNOWN = frozenset(Scope)  # any credential will do
 GENERATE = frozenset({Scope.GENERATE})
 OBSERVE = frozenset({Scope.OBSERVE})
 INTROSPECT = frozenset({Scope.INTROSPECT})
+WEIGHTS = frozenset({Scope.WEIGHTS})
 PUT_ASIDE = frozenset({Scope.INTROSPECT, Scope.EDIT})
 INTROSPECTION = "/cutaway.v1.Introspection/"
 HEALTH = "/grpc.health.v1.Health/"
@@ -54,6 +55,8 @@ METHODS: Mapping[str, frozenset[Scope]] = {
     INTROSPECTION + "ListRequests": OBSERVE,
     INTROSPECTION + "PredictCacheHit": OBSERVE | GENERATE,
     INTROSPECTION + "ReadCache": INTROSPECT,
+    INTROSPECTION + "GetWeights": WEIGHTS,
+    INTROSPECTION + "GetNearestTokens": WEIGHTS,
     INTROSPECTION + "PutVectors": PUT_ASIDE,
     INTROSPECTION + "ListVectors": PUT_ASIDE,
     INTROSPECTION + "DeleteVectors": PUT_ASIDE,

@@ -133,13 +133,18 @@ class Generation:
             if self._config.log_prompts:
                 log.info("request %s: prompt %r", call.request_id, served.text.decode(asked.request.prompt))
             make = partial(Reply, asked, started(served.facts), self._config.max_backlog)
-            size = asked.capture_bytes
-            with (
-                self._quotas.captures(call.caller, size),
-                self._holding(size),
-                self._desk.stream(asked.request, make) as reply,
-            ):
+            with self.holding(asked.capture_bytes), self._desk.stream(asked.request, make) as reply:
                 yield reply
+
+    @contextmanager
+    def holding(self, size: int) -> Iterator[None]:
+        """Hold bytes of captures, of the caller's and of everybody's, for as long as the block lasts.
+
+        Raises:
+            QueueFull: there is no room for them now.
+        """
+        with self._quotas.captures(current().caller, size), self._holding(size):
+            yield
 
     @contextmanager
     def _holding(self, size: int) -> Iterator[None]:

@@ -36,6 +36,7 @@ from cutaway_server.service.quotas import Quotas
 from cutaway_server.service.reflection import V1, V1ALPHA, Reflection
 from cutaway_server.service.shelf import Shelf
 from cutaway_server.service.tls import Certificates
+from cutaway_server.service.weighing import Weighing
 from cutaway_server.service.workers import Workers
 from cutaway_server.text.tokenizer import TextModel
 
@@ -81,7 +82,11 @@ class Server:
         parts = [
             methods_of(INFERENCE, Inference(self.desk, self._workers, config, self._generation)),
             methods_of(
-                INTROSPECTION, Introspection(self._generation), self._machine, PuttingAside(shelf, self._workers)
+                INTROSPECTION,
+                Introspection(self._generation),
+                self._machine,
+                PuttingAside(shelf, self._workers),
+                Weighing(self._generation, config),
             ),
             methods_of(HEALTH, self._health),
             methods_of(V1ALPHA, reflection),
