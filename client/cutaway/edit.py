@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from cutaway.capture import Positions, indices, positions, spans
 from cutaway.errors import InvalidArgument
-from cutaway.stored import Stored
+from cutaway.stored import Stored, StoredFile
 from cutaway.v1 import edit_pb2 as pb
 
 Vectors = ArrayLike | Stored  # numbers, or where the server has them
@@ -64,9 +64,24 @@ class Edit:
         return cls(made)
 
     @classmethod
-    def set(cls, point: str, values: Vectors, **where: Unpack[Where]) -> Edit:
-        """Set to values: one vector, or one for each head, or [rows, (heads,) elements] of the rows selected."""
+    def set(
+        cls,
+        point: str,
+        values: Vectors | StoredFile,
+        *,
+        from_positions: Iterable[int] = (),
+        **where: Unpack[Where],
+    ) -> Edit:
+        """Set to values: one vector, or one for each head, or [rows, (heads,) elements] of the rows selected.
+
+        Of a stored run: to the values that the same point and layer had there, at the same positions or, for the
+        selected rows in order, at `from_positions`.
+        """
         made = _at(point, where)
+        if isinstance(values, StoredFile):
+            made.set.run.id = values.id
+            made.set.run.positions.extend(from_positions)
+            return cls(made)
         _put(made.set, "values", values)
         return cls(made)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from cutaway import stored_wire as wire
+from cutaway.looking import Prompt, TraceOptions, trace_request
 from cutaway.stored import StoredFile, StoredFiles
+from cutaway.v1 import introspection_pb2
 from cutaway.v1 import stored_pb2 as pb
 
 if TYPE_CHECKING:
@@ -37,6 +39,12 @@ class Keeping:
         calls = self._calls
         return wire.stored_file(calls.send(calls.introspection.PutVectors, wire.upload(source, name), timeout).file)
 
+    def put_run(self, prompt: Prompt | None = None, *, name: str = "", **options: Unpack[TraceOptions]) -> StoredFile:
+        """Compute a prompt and keep `points` of it, for `Edit.set` of other requests: as `trace`, sent nowhere."""
+        request = run_request(prompt, name, options)
+        calls = self._calls
+        return wire.stored_file((calls.ask(calls.introspection.PutRun, request, options.get("timeout"))).file)
+
     def list_vectors(self, *, timeout: float | None = None) -> StoredFiles:
         """Tell what is kept."""
         calls = self._calls
@@ -63,6 +71,14 @@ class AsyncKeeping:
         told = await calls.send(calls.introspection.PutVectors, wire.upload(source, name), timeout)
         return wire.stored_file(told.file)
 
+    async def put_run(
+        self, prompt: Prompt | None = None, *, name: str = "", **options: Unpack[TraceOptions]
+    ) -> StoredFile:
+        """Compute a prompt and keep `points` of it, for `Edit.set` of other requests: as `trace`, sent nowhere."""
+        request = run_request(prompt, name, options)
+        calls = self._calls
+        return wire.stored_file((await calls.ask(calls.introspection.PutRun, request, options.get("timeout"))).file)
+
     async def list_vectors(self, *, timeout: float | None = None) -> StoredFiles:
         """Tell what is kept."""
         calls = self._calls
@@ -72,3 +88,8 @@ class AsyncKeeping:
         """Forget a file."""
         request = pb.DeleteVectorsRequest(id=file if isinstance(file, str) else file.id)
         await self._calls.ask(self._calls.introspection.DeleteVectors, request, timeout)
+
+
+def run_request(prompt: Prompt | None, name: str, options: TraceOptions) -> introspection_pb2.PutRunRequest:
+    """The wire's request."""
+    return introspection_pb2.PutRunRequest(generate=trace_request(prompt, options).generate, name=name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cutaway.errors import InvalidArgument
@@ -50,11 +50,12 @@ class StoredFile:
 
     id: str
     name: str
-    kind: str  # "vectors", "tuned lens", "sae"
+    kind: str  # "vectors", "tuned lens", "sae", "run"
     bytes: int  # on the server
     tensors: Mapping[str, tuple[int, ...]]  # shapes
     shared: bool  # the operator's
     sae: Sae | None = None
+    positions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of a run's rows, by tensor
 
     def __getitem__(self, key: str | tuple[str, int]) -> Stored:
         name, rows = (key, ()) if isinstance(key, str) else (key[0], (key[1],))

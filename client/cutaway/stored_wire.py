@@ -10,7 +10,12 @@ from cutaway.stored import Sae, StoredFile, StoredFiles
 from cutaway.v1 import stored_pb2 as pb
 
 PART_BYTES = 2**20
-KINDS = {pb.STORED_KIND_VECTORS: "vectors", pb.STORED_KIND_TUNED_LENS: "tuned lens", pb.STORED_KIND_SAE: "sae"}
+KINDS = {
+    pb.STORED_KIND_VECTORS: "vectors",
+    pb.STORED_KIND_TUNED_LENS: "tuned lens",
+    pb.STORED_KIND_SAE: "sae",
+    pb.STORED_KIND_RUN: "run",
+}
 SAE_CONFIG, SAE_WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
 
@@ -54,7 +59,9 @@ def stored_file(wire: pb.StoredFile) -> StoredFile:
     sae = None
     if wire.HasField("sae"):
         sae = Sae(wire.sae.architecture, wire.sae.hook_name, wire.sae.d_in, wire.sae.d_sae)
-    return StoredFile(wire.id, wire.name, KINDS.get(wire.kind, "unspecified"), wire.bytes, tensors, wire.shared, sae)
+    positions = {tensor.name: tuple(tensor.positions) for tensor in wire.tensors if tensor.positions}
+    kind = KINDS.get(wire.kind, "unspecified")
+    return StoredFile(wire.id, wire.name, kind, wire.bytes, tensors, wire.shared, sae, positions)
 
 
 def stored_files(wire: pb.ListVectorsResponse) -> StoredFiles:

@@ -199,6 +199,7 @@ class Set(_message.Message):
 
     VALUES_FIELD_NUMBER: _builtins.int
     STORED_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
     values: _builtins.bytes
     """Little-endian F32: one vector for all selected rows and heads, or one for each selected head, or one for each
     selected row and head, rows (those selected, in ascending order) outermost. The number of rows must then be known.
@@ -207,19 +208,52 @@ class Set(_message.Message):
     def stored(self) -> _stored_pb2.Stored:
         """Or a stored tensor of the same size."""
 
+    @_builtins.property
+    def run(self) -> Global___FromRun:
+        """Or the values that the same point of the same layer had in a stored run."""
+
     def __init__(
         self,
         *,
         values: _builtins.bytes = ...,
         stored: _stored_pb2.Stored | None = ...,
+        run: Global___FromRun | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["stored", b"stored"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "stored", b"stored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["stored", b"stored", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "stored", b"stored", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Set: _TypeAlias = Set  # noqa: Y015
+
+@_typing.final
+class FromRun(_message.Message):
+    """Values of a stored run, in place of those of a request: a patch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The run's id."""
+    @_builtins.property
+    def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Its positions whose values to take, for the selected rows in ascending order. Unset: the same as the rows'."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        positions: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "positions", b"positions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FromRun: _TypeAlias = FromRun  # noqa: Y015
 
 @_typing.final
 class ProjectOut(_message.Message):

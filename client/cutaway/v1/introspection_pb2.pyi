@@ -6,6 +6,7 @@ Looking inside: every inner value of a served model, per request, in the same ba
 from collections import abc as _abc
 from cutaway.v1 import capture_pb2 as _capture_pb2
 from cutaway.v1 import inference_pb2 as _inference_pb2
+from cutaway.v1 import stored_pb2 as _stored_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -528,6 +529,58 @@ class AttributionResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AttributionResponse: _TypeAlias = AttributionResponse  # noqa: Y015
+
+@_typing.final
+class PutRunRequest(_message.Message):
+    """A request whose inner values to keep."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """A name to find the run by in lists, at most 128 characters of [A-Za-z0-9._:-]. May be empty."""
+    @_builtins.property
+    def generate(self) -> _inference_pb2.GenerateRequest:
+        """The request, as for Trace, for one completion: its captures are kept. They have no reductions, and are of no patterns."""
+
+    def __init__(
+        self,
+        *,
+        generate: _inference_pb2.GenerateRequest | None = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutRunRequest: _TypeAlias = PutRunRequest  # noqa: Y015
+
+@_typing.final
+class PutRunResponse(_message.Message):
+    """A run that is kept from now on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def file(self) -> _stored_pb2.StoredFile:
+        """What it is: its tensors go by the canonical names of points, each layer's by its own."""
+
+    def __init__(
+        self,
+        *,
+        file: _stored_pb2.StoredFile | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutRunResponse: _TypeAlias = PutRunResponse  # noqa: Y015
 
 @_typing.final
 class EstimateRequest(_message.Message):

@@ -123,6 +123,11 @@ class IntrospectionStub:
                 request_serializer=cutaway_dot_v1_dot_stored__pb2.PutVectorsRequest.SerializeToString,
                 response_deserializer=cutaway_dot_v1_dot_stored__pb2.PutVectorsResponse.FromString,
                 _registered_method=True)
+        self.PutRun = channel.unary_unary(
+                '/cutaway.v1.Introspection/PutRun',
+                request_serializer=cutaway_dot_v1_dot_introspection__pb2.PutRunRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_introspection__pb2.PutRunResponse.FromString,
+                _registered_method=True)
         self.ListVectors = channel.unary_unary(
                 '/cutaway.v1.Introspection/ListVectors',
                 request_serializer=cutaway_dot_v1_dot_stored__pb2.ListVectorsRequest.SerializeToString,
@@ -259,6 +264,13 @@ class IntrospectionServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PutRun(self, request, context):
+        """Computes a request and keeps what it captures, for edits of other requests. Counts among the tenant's files.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListVectors(self, request, context):
         """Tells what is kept for the caller's tenant. Scope `introspect` or `edit`.
         """
@@ -360,6 +372,11 @@ def add_IntrospectionServicer_to_server(servicer, server):
                     servicer.PutVectors,
                     request_deserializer=cutaway_dot_v1_dot_stored__pb2.PutVectorsRequest.FromString,
                     response_serializer=cutaway_dot_v1_dot_stored__pb2.PutVectorsResponse.SerializeToString,
+            ),
+            'PutRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutRun,
+                    request_deserializer=cutaway_dot_v1_dot_introspection__pb2.PutRunRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_introspection__pb2.PutRunResponse.SerializeToString,
             ),
             'ListVectors': grpc.unary_unary_rpc_method_handler(
                     servicer.ListVectors,
@@ -832,6 +849,33 @@ class Introspection:
             '/cutaway.v1.Introspection/PutVectors',
             cutaway_dot_v1_dot_stored__pb2.PutVectorsRequest.SerializeToString,
             cutaway_dot_v1_dot_stored__pb2.PutVectorsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cutaway.v1.Introspection/PutRun',
+            cutaway_dot_v1_dot_introspection__pb2.PutRunRequest.SerializeToString,
+            cutaway_dot_v1_dot_introspection__pb2.PutRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -72,6 +72,8 @@ class IntrospectionStub:
     """
     PutVectors: _grpc.StreamUnaryMultiCallable[_stored_pb2.PutVectorsRequest, _stored_pb2.PutVectorsResponse]
     """Keeps a safetensors file, so that edits and captures can name its tensors. Scope `introspect` or `edit`."""
+    PutRun: _grpc.UnaryUnaryMultiCallable[_introspection_pb2.PutRunRequest, _introspection_pb2.PutRunResponse]
+    """Computes a request and keeps what it captures, for edits of other requests. Counts among the tenant's files."""
     ListVectors: _grpc.UnaryUnaryMultiCallable[_stored_pb2.ListVectorsRequest, _stored_pb2.ListVectorsResponse]
     """Tells what is kept for the caller's tenant. Scope `introspect` or `edit`."""
     DeleteVectors: _grpc.UnaryUnaryMultiCallable[_stored_pb2.DeleteVectorsRequest, _stored_pb2.DeleteVectorsResponse]
@@ -118,6 +120,8 @@ class IntrospectionAsyncStub(IntrospectionStub):
     """
     PutVectors: _aio.StreamUnaryMultiCallable[_stored_pb2.PutVectorsRequest, _stored_pb2.PutVectorsResponse]  # type: ignore[assignment]
     """Keeps a safetensors file, so that edits and captures can name its tensors. Scope `introspect` or `edit`."""
+    PutRun: _aio.UnaryUnaryMultiCallable[_introspection_pb2.PutRunRequest, _introspection_pb2.PutRunResponse]  # type: ignore[assignment]
+    """Computes a request and keeps what it captures, for edits of other requests. Counts among the tenant's files."""
     ListVectors: _aio.UnaryUnaryMultiCallable[_stored_pb2.ListVectorsRequest, _stored_pb2.ListVectorsResponse]  # type: ignore[assignment]
     """Tells what is kept for the caller's tenant. Scope `introspect` or `edit`."""
     DeleteVectors: _aio.UnaryUnaryMultiCallable[_stored_pb2.DeleteVectorsRequest, _stored_pb2.DeleteVectorsResponse]  # type: ignore[assignment]
@@ -263,6 +267,14 @@ class IntrospectionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_stored_pb2.PutVectorsResponse, _abc.Awaitable[_stored_pb2.PutVectorsResponse]]:
         """Keeps a safetensors file, so that edits and captures can name its tensors. Scope `introspect` or `edit`."""
+
+    @_abc_1.abstractmethod
+    def PutRun(
+        self,
+        request: _introspection_pb2.PutRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_introspection_pb2.PutRunResponse, _abc.Awaitable[_introspection_pb2.PutRunResponse]]:
+        """Computes a request and keeps what it captures, for edits of other requests. Counts among the tenant's files."""
 
     @_abc_1.abstractmethod
     def ListVectors(

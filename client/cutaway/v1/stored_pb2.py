@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63utaway/v1/stored.proto\x12\ncutaway.v1\"2\n\x06Stored\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06tensor\x18\x02 \x01(\t\x12\x0c\n\x04rows\x18\x03 \x03(\r\"X\n\x11PutVectorsRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.cutaway.v1.VectorsHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"1\n\rVectorsHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsae_config\x18\x02 \x01(\t\":\n\x12PutVectorsResponse\x12$\n\x04\x66ile\x18\x01 \x01(\x0b\x32\x16.cutaway.v1.StoredFile\"\xb4\x01\n\nStoredFile\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12$\n\x04kind\x18\x03 \x01(\x0e\x32\x16.cutaway.v1.StoredKind\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12)\n\x07tensors\x18\x05 \x03(\x0b\x32\x18.cutaway.v1.StoredTensor\x12\x0e\n\x06shared\x18\x06 \x01(\x08\x12\x1c\n\x03sae\x18\x07 \x01(\x0b\x32\x0f.cutaway.v1.Sae\"K\n\x03Sae\x12\x14\n\x0c\x61rchitecture\x18\x01 \x01(\t\x12\x11\n\thook_name\x18\x02 \x01(\t\x12\x0c\n\x04\x64_in\x18\x03 \x01(\r\x12\r\n\x05\x64_sae\x18\x04 \x01(\r\"+\n\x0cStoredTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\"\x14\n\x12ListVectorsRequest\"^\n\x13ListVectorsResponse\x12%\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x16.cutaway.v1.StoredFile\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x11\n\tmax_bytes\x18\x03 \x01(\x04\"\"\n\x14\x44\x65leteVectorsRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteVectorsResponse*s\n\nStoredKind\x12\x1b\n\x17STORED_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13STORED_KIND_VECTORS\x10\x01\x12\x1a\n\x16STORED_KIND_TUNED_LENS\x10\x02\x12\x13\n\x0fSTORED_KIND_SAE\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x63utaway/v1/stored.proto\x12\ncutaway.v1\"2\n\x06Stored\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06tensor\x18\x02 \x01(\t\x12\x0c\n\x04rows\x18\x03 \x03(\r\"X\n\x11PutVectorsRequest\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.cutaway.v1.VectorsHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"1\n\rVectorsHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsae_config\x18\x02 \x01(\t\":\n\x12PutVectorsResponse\x12$\n\x04\x66ile\x18\x01 \x01(\x0b\x32\x16.cutaway.v1.StoredFile\"\xb4\x01\n\nStoredFile\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12$\n\x04kind\x18\x03 \x01(\x0e\x32\x16.cutaway.v1.StoredKind\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12)\n\x07tensors\x18\x05 \x03(\x0b\x32\x18.cutaway.v1.StoredTensor\x12\x0e\n\x06shared\x18\x06 \x01(\x08\x12\x1c\n\x03sae\x18\x07 \x01(\x0b\x32\x0f.cutaway.v1.Sae\"K\n\x03Sae\x12\x14\n\x0c\x61rchitecture\x18\x01 \x01(\t\x12\x11\n\thook_name\x18\x02 \x01(\t\x12\x0c\n\x04\x64_in\x18\x03 \x01(\r\x12\r\n\x05\x64_sae\x18\x04 \x01(\r\">\n\x0cStoredTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\x11\n\tpositions\x18\x03 \x03(\r\"\x14\n\x12ListVectorsRequest\"^\n\x13ListVectorsResponse\x12%\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x16.cutaway.v1.StoredFile\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x11\n\tmax_bytes\x18\x03 \x01(\x04\"\"\n\x14\x44\x65leteVectorsRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteVectorsResponse*\x88\x01\n\nStoredKind\x12\x1b\n\x17STORED_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13STORED_KIND_VECTORS\x10\x01\x12\x1a\n\x16STORED_KIND_TUNED_LENS\x10\x02\x12\x13\n\x0fSTORED_KIND_SAE\x10\x03\x12\x13\n\x0fSTORED_KIND_RUN\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cutaway.v1.stored_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STOREDKIND']._serialized_start=776
-  _globals['_STOREDKIND']._serialized_end=891
+  _globals['_STOREDKIND']._serialized_start=796
+  _globals['_STOREDKIND']._serialized_end=932
   _globals['_STORED']._serialized_start=39
   _globals['_STORED']._serialized_end=89
   _globals['_PUTVECTORSREQUEST']._serialized_start=91
@@ -46,13 +46,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAE']._serialized_start=475
   _globals['_SAE']._serialized_end=550
   _globals['_STOREDTENSOR']._serialized_start=552
-  _globals['_STOREDTENSOR']._serialized_end=595
-  _globals['_LISTVECTORSREQUEST']._serialized_start=597
-  _globals['_LISTVECTORSREQUEST']._serialized_end=617
-  _globals['_LISTVECTORSRESPONSE']._serialized_start=619
-  _globals['_LISTVECTORSRESPONSE']._serialized_end=713
-  _globals['_DELETEVECTORSREQUEST']._serialized_start=715
-  _globals['_DELETEVECTORSREQUEST']._serialized_end=749
-  _globals['_DELETEVECTORSRESPONSE']._serialized_start=751
-  _globals['_DELETEVECTORSRESPONSE']._serialized_end=774
+  _globals['_STOREDTENSOR']._serialized_end=614
+  _globals['_LISTVECTORSREQUEST']._serialized_start=616
+  _globals['_LISTVECTORSREQUEST']._serialized_end=636
+  _globals['_LISTVECTORSRESPONSE']._serialized_start=638
+  _globals['_LISTVECTORSRESPONSE']._serialized_end=732
+  _globals['_DELETEVECTORSREQUEST']._serialized_start=734
+  _globals['_DELETEVECTORSREQUEST']._serialized_end=768
+  _globals['_DELETEVECTORSRESPONSE']._serialized_start=770
+  _globals['_DELETEVECTORSRESPONSE']._serialized_end=793
 # @@protoc_insertion_point(module_scope)

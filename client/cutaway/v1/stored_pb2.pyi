@@ -33,6 +33,8 @@ class _StoredKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StoredKind
     """A tuned lens: "0.weight" [d_model, d_model] and "0.bias" [d_model] for layer 0, and so on."""
     STORED_KIND_SAE: _StoredKind.ValueType  # 3
     """A sparse autoencoder."""
+    STORED_KIND_RUN: _StoredKind.ValueType  # 4
+    """Values of a request, by PutRun."""
 
 class StoredKind(_StoredKind, metaclass=_StoredKindEnumTypeWrapper):
     """What kind of file it is: what it can be used for beside its tensors."""
@@ -45,6 +47,8 @@ STORED_KIND_TUNED_LENS: StoredKind.ValueType  # 2
 """A tuned lens: "0.weight" [d_model, d_model] and "0.bias" [d_model] for layer 0, and so on."""
 STORED_KIND_SAE: StoredKind.ValueType  # 3
 """A sparse autoencoder."""
+STORED_KIND_RUN: StoredKind.ValueType  # 4
+"""Values of a request, by PutRun."""
 Global___StoredKind: _TypeAlias = StoredKind  # noqa: Y015
 
 @_typing.final
@@ -253,21 +257,27 @@ class StoredTensor(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Its shape."""
 
+    @_builtins.property
+    def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of a run: the absolute positions of its rows."""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
+        positions: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "positions", b"positions", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -55,6 +55,7 @@ METHODS: Mapping[str, frozenset[Scope]] = {
     INTROSPECTION + "ListRequests": OBSERVE,
     INTROSPECTION + "PredictCacheHit": OBSERVE | GENERATE,
     INTROSPECTION + "ReadCache": INTROSPECT,
+    INTROSPECTION + "PutRun": INTROSPECT,
     INTROSPECTION + "GetWeights": WEIGHTS,
     INTROSPECTION + "GetNearestTokens": WEIGHTS,
     INTROSPECTION + "PutVectors": PUT_ASIDE,

@@ -9,7 +9,6 @@ from hashlib import blake2b
 
 import numpy as np
 from cutaway.v1 import edit_pb2 as v1
-from cutaway.v1 import stored_pb2 as v1_stored
 
 from cutaway_server import edits
 from cutaway_server.architecture import ModelConfig
@@ -56,21 +55,26 @@ def edits_of(
         if kind == "knock_out":
             knocked.append(_knock_out(message, field, config, prompt_length, computed))
         else:
-            changed.append(_edit(message, field, config, drawer, prompt_length, computed))
-            if (stored := _stored(message)) is not None:
-                salt.update(drawer.salt(stored))
+            changed += _edits(message, field, config, drawer, prompt_length, computed)
+            if named := _named(message):
+                salt.update(drawer.salt(named))
     _check_keys_left(knocked, config, computed)
     return Edits(tuple(changed), tuple(knocked), tuple(sorted(overrides.items())), salt.digest())
 
 
-def _stored(message: v1.Edit) -> v1_stored.Stored | None:
-    """The stored tensor that an edit names."""
+def _named(message: v1.Edit) -> str:
+    """The stored file that an edit names; "": none."""
     change = getattr(message, message.WhichOneof("change") or "")
-    named = "stored" in change.DESCRIPTOR.fields_by_name and change.HasField("stored")
-    return change.stored if named else None
+    for field in ("stored", "run"):
+        if field in change.DESCRIPTOR.fields_by_name and change.HasField(field):
+            return str(getattr(change, field).id)
+    return ""
 
 
-def _edit(message: v1.Edit, field: str, config: ModelConfig, drawer: Drawer, prompt_length: int, computed: int) -> Edit:
+def _edits(
+    message: v1.Edit, field: str, config: ModelConfig, drawer: Drawer, prompt_length: int, computed: int
+) -> list[Edit]:
+    """What a message changes: from a run, each layer by itself, for its values are its own."""
     found = find(config, message.point, f"{field}.point")
     point = found.point
     if not point.writable:
@@ -87,8 +91,31 @@ def _edit(message: v1.Edit, field: str, config: ModelConfig, drawer: Drawer, pro
     where = rows(message.positions, f"{field}.positions", prompt_length, computed)
     n_heads = 1 if axis is None else len(heads) if heads is not None else size_of(config, axis)
     width = len(elements) if elements is not None else size_of(config, last)
-    change = _change(message, field, _Place(point, where, computed, n_heads, width, drawer))
-    return Edit(point.name, layers_of(message, found, config, field), change, heads, where, elements)
+    place = _Place(point, where, computed, n_heads, width, drawer)
+    layers = layers_of(message, found, config, field)
+    if message.set.HasField("run"):
+        own = {layer: _from_run(message.set, field, place, layer, (heads, elements)) for layer in layers}
+        return [Edit(point.name, (layer,), change, heads, where, elements) for layer, change in own.items()]
+    return [Edit(point.name, layers, _change(message, field, place), heads, where, elements)]
+
+
+def _from_run(
+    message: v1.Set, field: str, place: _Place, layer: int, selected: tuple[tuple[int, ...] | None, ...]
+) -> edits.Set:
+    """The values of a run at a layer's point, of the heads and elements selected."""
+    if message.values or message.HasField("stored"):
+        raise InvalidField(f"{field}.set", "values or stored", "must not be set beside run")
+    heads, elements = selected
+    kept = place.drawer.find(message.run.id, f"{field}.set.run.id")
+    places = tuple(place.where.within(0, place.computed))
+    taken = tuple(message.run.positions) or places
+    if len(taken) != len(places):
+        rule = f"must be as many as the {len(places)} rows selected"
+        raise InvalidField(f"{field}.set.run.positions", f"{len(taken)} positions", rule)
+    rows = kept.rows(place.point.name.replace("{i}", str(layer)), taken, f"{field}.set.run")
+    headed = rows if rows.ndim == 3 else rows[:, None]
+    headed = headed if heads is None else headed[:, list(heads)]
+    return edits.Set(np.ascontiguousarray(headed if elements is None else headed[..., list(elements)]), places)
 
 
 @dataclass(frozen=True, slots=True)

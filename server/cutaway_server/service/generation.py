@@ -114,6 +114,16 @@ class Generation:
         if last is not None:
             await context.write(wrap(last))
 
+    async def gather(self, request: v1.GenerateRequest, context: Context) -> Gathered:
+        """What a request captures, once it is computed."""
+        gathered = Gathered()
+        async with self._answering(request, context) as reply:
+            while messages := await reply.take():
+                for message in messages:
+                    if message.WhichOneof("event") in ("tensor", "chunk"):
+                        gathered.take(message)
+        return gathered
+
     async def work(self, function: Callable[[], R]) -> R:
         """Call a function on a worker thread."""
         return await self._workers.run(function, 0)

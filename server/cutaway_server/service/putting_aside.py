@@ -7,11 +7,15 @@ import re
 from collections.abc import AsyncIterator
 from functools import partial
 
+from cutaway.v1 import inference_pb2, introspection_pb2
 from cutaway.v1 import stored_pb2 as v1
 
 from cutaway_server.errors import InvalidField
 from cutaway_server.service.caller import current
 from cutaway_server.service.files import read_file
+from cutaway_server.service.generation import Generation
+from cutaway_server.service.introspection import of_the_prompt
+from cutaway_server.service.runs import check_kept, run_of
 from cutaway_server.service.shelf import Kept, Kind, Shelf
 from cutaway_server.service.status import Context
 from cutaway_server.service.workers import Workers
@@ -19,15 +23,15 @@ from cutaway_server.service.workers import Workers
 NAME = re.compile(r"[A-Za-z0-9._:-]{0,128}")
 KINDS = {
     Kind.VECTORS: v1.STORED_KIND_VECTORS, Kind.TUNED_LENS: v1.STORED_KIND_TUNED_LENS, Kind.SAE: v1.STORED_KIND_SAE,
+    Kind.RUN: v1.STORED_KIND_RUN,
 }  # fmt: skip
 
 
 class PuttingAside:
     """The methods, for `methods_of`."""
 
-    def __init__(self, shelf: Shelf, workers: Workers) -> None:
-        self._shelf = shelf
-        self._workers = workers
+    def __init__(self, shelf: Shelf, workers: Workers, generation: Generation) -> None:
+        self._shelf, self._workers, self._generation = shelf, workers, generation
 
     async def PutVectors(
         self, requests: AsyncIterator[v1.PutVectorsRequest], context: Context
@@ -51,6 +55,23 @@ class PuttingAside:
         self._shelf.put(tenant, kept)
         return v1.PutVectorsResponse(file=told(kept, shared=False))
 
+    async def PutRun(
+        self, request: introspection_pb2.PutRunRequest, context: Context
+    ) -> introspection_pb2.PutRunResponse:
+        """Compute a request and keep what it captures."""
+        tenant = current().caller.tenant
+        check_name(request.name, "name")
+        check_kept(request.generate, self._generation.ready().facts.config)
+        asked = inference_pb2.GenerateRequest()
+        asked.CopyFrom(of_the_prompt(request.generate))
+        room = self._shelf.room(tenant)
+        if not asked.HasField("max_capture_bytes") or asked.max_capture_bytes > room:
+            asked.max_capture_bytes = max(0, room)  # refused before it is computed
+        gathered = await self._generation.gather(asked, context)
+        kept = await self._workers.run(partial(run_of, gathered, len(asked.captures), request.name))
+        self._shelf.put(tenant, kept)
+        return introspection_pb2.PutRunResponse(file=told(kept, shared=False))
+
     async def ListVectors(self, request: v1.ListVectorsRequest, context: Context) -> v1.ListVectorsResponse:
         """Tell what is kept."""
         tenant = current().caller.tenant
@@ -68,13 +89,25 @@ class PuttingAside:
 def _check_header(header: v1.VectorsHeader, before: v1.VectorsHeader | None) -> None:
     if before is not None:
         raise InvalidField("header", header.name, "must come once, as the first message")
-    if not NAME.fullmatch(header.name):
-        raise InvalidField("header.name", header.name, "must be at most 128 characters of [A-Za-z0-9._:-]")
+    check_name(header.name, "header.name")
+
+
+def check_name(name: str, field: str) -> None:
+    """Refuse what lists cannot show.
+
+    Raises:
+        InvalidField: it has other characters, or too many.
+    """
+    if not NAME.fullmatch(name):
+        raise InvalidField(field, name, "must be at most 128 characters of [A-Za-z0-9._:-]")
 
 
 def told(kept: Kept, *, shared: bool) -> v1.StoredFile:
     """A file as lists tell it."""
-    tensors = [v1.StoredTensor(name=name, shape=tensor.shape) for name, tensor in sorted(kept.tensors.items())]
+    tensors = [
+        v1.StoredTensor(name=name, shape=tensor.shape, positions=kept.positions.get(name, ()))
+        for name, tensor in sorted(kept.tensors.items())
+    ]
     made = v1.StoredFile(
         id=kept.id, name=kept.name, kind=KINDS[kept.kind], bytes=kept.n_bytes, tensors=tensors, shared=shared
     )

@@ -85,7 +85,7 @@ class Server:
                 INTROSPECTION,
                 Introspection(self._generation),
                 self._machine,
-                PuttingAside(shelf, self._workers),
+                PuttingAside(shelf, self._workers, self._generation),
                 Weighing(self._generation, config),
             ),
             methods_of(HEALTH, self._health),

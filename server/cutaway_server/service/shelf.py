@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
@@ -24,6 +24,7 @@ class Kind(Enum):
     VECTORS = "vectors"
     TUNED_LENS = "tuned lens"
     SAE = "sae"
+    RUN = "run"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,13 +36,28 @@ class Kept:
     kind: Kind
     tensors: Mapping[str, Floats]
     sae: Sae | None = None
+    positions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of a run's rows, by tensor
 
     @property
     def n_bytes(self) -> int:
         """Bytes of its tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def tensor(self, name: str, field: str) -> Floats:
+    def rows(self, name: str, positions: Iterable[int], place: str) -> Floats:
+        """Rows of a run's tensor at absolute positions.
+
+        Raises:
+            InvalidField: it is no run, or has not kept these.
+        """
+        if self.kind is not Kind.RUN:
+            raise InvalidField(place, self.id, "is no run: put_run keeps one")
+        tensor, kept = self.tensor(name, place), {at: row for row, at in enumerate(self.positions[name])}
+        for position in positions:
+            if position not in kept:
+                raise InvalidField(place, position, f"{self.id} has not kept {name} at this position")
+        return tensor[[kept[position] for position in positions]]
+
+    def tensor(self, name: str, place: str) -> Floats:
         """One of its tensors; "" is the only one.
 
         Raises:
@@ -52,7 +68,7 @@ class Kept:
         if not name and len(self.tensors) == 1:
             return next(iter(self.tensors.values()))
         known = ", ".join(sorted(self.tensors)[:16])
-        raise InvalidField(field, name, f"is no tensor of {self.id}, which has {known}")
+        raise InvalidField(place, name, f"is no tensor of {self.id}, which has {known}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +105,9 @@ class Drawer:
                 raise InvalidField(f"{field}.rows", row, f"the tensor has rows 0 to {len(found) - 1}")
         return found[list(message.rows)]
 
-    def salt(self, message: v1.Stored) -> bytes:
+    def salt(self, name: str) -> bytes:
         """What tells apart the contents that a name could stand for."""
-        return self.files[message.id].id.encode()
+        return self.files[name].id.encode()
 
 
 EMPTY = Drawer({})
@@ -150,6 +166,10 @@ class Shelf:
         if used + size > self.max_bytes:
             rule = f"{used} bytes of at most {self.max_bytes} are taken; delete_vectors makes room"
             raise OverBudget(f"data: {size} bytes more are too many: {rule}")
+
+    def room(self, tenant: str) -> int:
+        """Bytes that a tenant may still put aside."""
+        return self.max_bytes - self.used(tenant) - self._arriving.get(tenant, 0)
 
     def put(self, tenant: str, kept: Kept) -> None:
         """Keep a file; one that is kept already takes its new name.
