@@ -96,7 +96,7 @@ def test_the_asynchronous_client_has_the_same_calls() -> None:
         "close", "complete", "detokenize", "features", "estimate", "generate", "health", "hidden_states",
         "list_points", "logit_lens", "model", "tokenize", "trace",
         "blocks", "cache_stats", "predict_cache_hit", "read_cache", "requests", "watch_cache", "watch_steps",
-        "delete_vectors", "list_vectors", "put_run", "put_vectors", "nearest_tokens", "weights",
+        "delete_vectors", "list_vectors", "put_run", "put_vectors", "nearest_tokens", "sweep", "weights",
     }  # fmt: skip
     assert inspect.signature(Client) == inspect.signature(AsyncClient)
 

@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from cutaway.edit import Edit
     from cutaway.machine_aio import AsyncWatch
     from cutaway.machine_calls import Watch
+    from cutaway.sweeping import Divergence, Logit, LogitDifference, Probability, SweepResult
     from cutaway.weighing import NearestTokens, ScoredToken
 
 __all__ = [
@@ -99,6 +100,7 @@ __all__ = [
     "CutawayError",
     "DeadlineExceeded",
     "Detokenized",
+    "Divergence",
     "Edit",
     "Estimate",
     "FailedPrecondition",
@@ -108,6 +110,8 @@ __all__ = [
     "InvalidArgument",
     "LensResult",
     "Limits",
+    "Logit",
+    "LogitDifference",
     "Merge",
     "Message",
     "Model",
@@ -115,6 +119,7 @@ __all__ = [
     "NotFound",
     "PermissionDenied",
     "Point",
+    "Probability",
     "PromptToken",
     "QueueFull",
     "RequestInfo",
@@ -132,6 +137,7 @@ __all__ = [
     "StoredFile",
     "StoredFiles",
     "Stream",
+    "SweepResult",
     "TextInfo",
     "Timings",
     "Token",
@@ -164,6 +170,10 @@ def __getattr__(name: str) -> object:
         from cutaway import machine_aio
 
         return machine_aio.AsyncWatch
+    if name in ("Divergence", "Logit", "LogitDifference", "Probability", "SweepResult"):
+        from cutaway import sweeping
+
+        return getattr(sweeping, name)
     if name in ("NearestTokens", "ScoredToken"):
         from cutaway import weighing
 

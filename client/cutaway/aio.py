@@ -23,6 +23,7 @@ from cutaway.options import GenerateOptions, TokenizeOptions
 from cutaway.results import Answer, Detokenized, Health, Model, Token, Tokenized
 from cutaway.security import File, security
 from cutaway.status import error_of
+from cutaway.sweeping import AsyncSweeping
 from cutaway.transcript import Transcript
 from cutaway.v1 import inference_pb2 as pb
 from cutaway.v1.inference_pb2_grpc import InferenceStub
@@ -177,7 +178,7 @@ class AsyncCalls:
         return stream
 
 
-class AsyncClient(AsyncInspecting, AsyncKeeping, AsyncWeighing, AsyncMachineCalls):
+class AsyncClient(AsyncInspecting, AsyncKeeping, AsyncSweeping, AsyncWeighing, AsyncMachineCalls):
     """A connection to one server, for one event loop; `async with AsyncClient(...) as client`. See `Client`."""
 
     def __init__(

@@ -22,6 +22,7 @@ from cutaway.options import GenerateOptions, TokenizeOptions
 from cutaway.results import Answer, Detokenized, Health, Model, Token, Tokenized
 from cutaway.security import File, security
 from cutaway.status import error_of
+from cutaway.sweeping import Sweeping
 from cutaway.transcript import Transcript
 from cutaway.v1 import inference_pb2 as pb
 from cutaway.v1.inference_pb2_grpc import InferenceStub
@@ -151,7 +152,7 @@ class Calls:
         return stream
 
 
-class Client(Inspecting, Keeping, Weighing, MachineCalls):
+class Client(Inspecting, Keeping, Sweeping, Weighing, MachineCalls):
     """A connection to one server: `Client("127.0.0.1:50051")`. Close it, or use it in a `with` block.
 
     `api_key` says who you are; it is sent over TLS, or within this machine. `tls=True` speaks TLS and trusts the usual

@@ -9,7 +9,7 @@ from cutaway import requests
 from cutaway.errors import InvalidArgument
 from cutaway.options import GenerateOptions, Message
 from cutaway.results import AttributionResult, Estimate, LensResult, Point
-from cutaway.v1 import inference_pb2, introspection_pb2
+from cutaway.v1 import inference_pb2, introspection_pb2, sweep_pb2
 
 if TYPE_CHECKING:
     from cutaway.arrays import Array, Arrays
@@ -195,9 +195,9 @@ def attribution_request(prompt: Prompt | None, options: AttributionOptions) -> i
     return request
 
 
-def token_choice(token: int | str, field: str) -> introspection_pb2.TokenChoice:
+def token_choice(token: int | str, field: str) -> sweep_pb2.TokenChoice:
     """The wire's token."""
-    made = introspection_pb2.TokenChoice()
+    made = sweep_pb2.TokenChoice()
     try:
         if isinstance(token, str):
             made.text = token

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from cutaway.v1 import capture_pb2 as _capture_pb2
 from cutaway.v1 import inference_pb2 as _inference_pb2
 from cutaway.v1 import stored_pb2 as _stored_pb2
+from cutaway.v1 import sweep_pb2 as _sweep_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -445,11 +446,11 @@ class AttributionRequest(_message.Message):
         """
 
     @_builtins.property
-    def target(self) -> Global___TokenChoice:
+    def target(self) -> _sweep_pb2.TokenChoice:
         """The token whose logit it is."""
 
     @_builtins.property
-    def minus(self) -> Global___TokenChoice:
+    def minus(self) -> _sweep_pb2.TokenChoice:
         """The token whose logit is taken away from it. Unset: none."""
 
     @_builtins.property
@@ -460,8 +461,8 @@ class AttributionRequest(_message.Message):
         self,
         *,
         generate: _inference_pb2.GenerateRequest | None = ...,
-        target: Global___TokenChoice | None = ...,
-        minus: Global___TokenChoice | None = ...,
+        target: _sweep_pb2.TokenChoice | None = ...,
+        minus: _sweep_pb2.TokenChoice | None = ...,
         positions: _capture_pb2.Positions | None = ...,
         neurons: _builtins.int = ...,
     ) -> None: ...
@@ -472,34 +473,6 @@ class AttributionRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AttributionRequest: _TypeAlias = AttributionRequest  # noqa: Y015
-
-@_typing.final
-class TokenChoice(_message.Message):
-    """A token."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ID_FIELD_NUMBER: _builtins.int
-    TEXT_FIELD_NUMBER: _builtins.int
-    id: _builtins.int
-    """By its id."""
-    text: _builtins.str
-    """By its text, which must be that of a single token: " Paris"."""
-    def __init__(
-        self,
-        *,
-        id: _builtins.int = ...,
-        text: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "text", b"text", "token", b"token"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "text", b"text", "token", b"token"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_token: _TypeAlias = _typing.Literal["id", "text"]  # noqa: Y015
-    _WhichOneofArgType_token: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_token) -> _WhichOneofReturnType_token | None: ...
-
-Global___TokenChoice: _TypeAlias = TokenChoice  # noqa: Y015
 
 @_typing.final
 class AttributionResponse(_message.Message):

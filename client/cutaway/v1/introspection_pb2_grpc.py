@@ -6,6 +6,7 @@ import warnings
 from cutaway.v1 import introspection_pb2 as cutaway_dot_v1_dot_introspection__pb2
 from cutaway.v1 import machine_pb2 as cutaway_dot_v1_dot_machine__pb2
 from cutaway.v1 import stored_pb2 as cutaway_dot_v1_dot_stored__pb2
+from cutaway.v1 import sweep_pb2 as cutaway_dot_v1_dot_sweep__pb2
 from cutaway.v1 import weights_pb2 as cutaway_dot_v1_dot_weights__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -67,6 +68,11 @@ class IntrospectionStub:
                 '/cutaway.v1.Introspection/Attribution',
                 request_serializer=cutaway_dot_v1_dot_introspection__pb2.AttributionRequest.SerializeToString,
                 response_deserializer=cutaway_dot_v1_dot_introspection__pb2.AttributionResponse.FromString,
+                _registered_method=True)
+        self.Sweep = channel.unary_stream(
+                '/cutaway.v1.Introspection/Sweep',
+                request_serializer=cutaway_dot_v1_dot_sweep__pb2.SweepRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_sweep__pb2.SweepResponse.FromString,
                 _registered_method=True)
         self.Estimate = channel.unary_unary(
                 '/cutaway.v1.Introspection/Estimate',
@@ -181,6 +187,13 @@ class IntrospectionServicer:
 
     def Attribution(self, request, context):
         """Streams what each part of the network adds to a token's logit: direct logit attribution.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Sweep(self, request, context):
+        """Patches or ablates layer by layer, position by position, head by head, and tells what each change does to a metric.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -317,6 +330,11 @@ def add_IntrospectionServicer_to_server(servicer, server):
                     servicer.Attribution,
                     request_deserializer=cutaway_dot_v1_dot_introspection__pb2.AttributionRequest.FromString,
                     response_serializer=cutaway_dot_v1_dot_introspection__pb2.AttributionResponse.SerializeToString,
+            ),
+            'Sweep': grpc.unary_stream_rpc_method_handler(
+                    servicer.Sweep,
+                    request_deserializer=cutaway_dot_v1_dot_sweep__pb2.SweepRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_sweep__pb2.SweepResponse.SerializeToString,
             ),
             'Estimate': grpc.unary_unary_rpc_method_handler(
                     servicer.Estimate,
@@ -552,6 +570,33 @@ class Introspection:
             '/cutaway.v1.Introspection/Attribution',
             cutaway_dot_v1_dot_introspection__pb2.AttributionRequest.SerializeToString,
             cutaway_dot_v1_dot_introspection__pb2.AttributionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Sweep(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cutaway.v1.Introspection/Sweep',
+            cutaway_dot_v1_dot_sweep__pb2.SweepRequest.SerializeToString,
+            cutaway_dot_v1_dot_sweep__pb2.SweepResponse.FromString,
             options,
             channel_credentials,
             insecure,

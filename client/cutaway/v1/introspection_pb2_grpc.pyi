@@ -7,6 +7,7 @@ from collections import abc as _abc
 from cutaway.v1 import introspection_pb2 as _introspection_pb2
 from cutaway.v1 import machine_pb2 as _machine_pb2
 from cutaway.v1 import stored_pb2 as _stored_pb2
+from cutaway.v1 import sweep_pb2 as _sweep_pb2
 from cutaway.v1 import weights_pb2 as _weights_pb2
 from grpc import aio as _aio
 import abc as _abc_1
@@ -48,6 +49,8 @@ class IntrospectionStub:
     """Streams what the model would say if it ended after each layer."""
     Attribution: _grpc.UnaryStreamMultiCallable[_introspection_pb2.AttributionRequest, _introspection_pb2.AttributionResponse]
     """Streams what each part of the network adds to a token's logit: direct logit attribution."""
+    Sweep: _grpc.UnaryStreamMultiCallable[_sweep_pb2.SweepRequest, _sweep_pb2.SweepResponse]
+    """Patches or ablates layer by layer, position by position, head by head, and tells what each change does to a metric."""
     Estimate: _grpc.UnaryUnaryMultiCallable[_introspection_pb2.EstimateRequest, _introspection_pb2.EstimateResponse]
     """Tells what a request would send and cost, and whether it would be refused, without computing it."""
     GetCacheStats: _grpc.UnaryUnaryMultiCallable[_machine_pb2.GetCacheStatsRequest, _machine_pb2.GetCacheStatsResponse]
@@ -96,6 +99,8 @@ class IntrospectionAsyncStub(IntrospectionStub):
     """Streams what the model would say if it ended after each layer."""
     Attribution: _aio.UnaryStreamMultiCallable[_introspection_pb2.AttributionRequest, _introspection_pb2.AttributionResponse]  # type: ignore[assignment]
     """Streams what each part of the network adds to a token's logit: direct logit attribution."""
+    Sweep: _aio.UnaryStreamMultiCallable[_sweep_pb2.SweepRequest, _sweep_pb2.SweepResponse]  # type: ignore[assignment]
+    """Patches or ablates layer by layer, position by position, head by head, and tells what each change does to a metric."""
     Estimate: _aio.UnaryUnaryMultiCallable[_introspection_pb2.EstimateRequest, _introspection_pb2.EstimateResponse]  # type: ignore[assignment]
     """Tells what a request would send and cost, and whether it would be refused, without computing it."""
     GetCacheStats: _aio.UnaryUnaryMultiCallable[_machine_pb2.GetCacheStatsRequest, _machine_pb2.GetCacheStatsResponse]  # type: ignore[assignment]
@@ -177,6 +182,14 @@ class IntrospectionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_introspection_pb2.AttributionResponse], _abc.AsyncIterator[_introspection_pb2.AttributionResponse]]:
         """Streams what each part of the network adds to a token's logit: direct logit attribution."""
+
+    @_abc_1.abstractmethod
+    def Sweep(
+        self,
+        request: _sweep_pb2.SweepRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_sweep_pb2.SweepResponse], _abc.AsyncIterator[_sweep_pb2.SweepResponse]]:
+        """Patches or ablates layer by layer, position by position, head by head, and tells what each change does to a metric."""
 
     @_abc_1.abstractmethod
     def Estimate(

@@ -56,6 +56,7 @@ METHODS: Mapping[str, frozenset[Scope]] = {
     INTROSPECTION + "PredictCacheHit": OBSERVE | GENERATE,
     INTROSPECTION + "ReadCache": INTROSPECT,
     INTROSPECTION + "PutRun": INTROSPECT,
+    INTROSPECTION + "Sweep": INTROSPECT,
     INTROSPECTION + "GetWeights": WEIGHTS,
     INTROSPECTION + "GetNearestTokens": WEIGHTS,
     INTROSPECTION + "PutVectors": PUT_ASIDE,

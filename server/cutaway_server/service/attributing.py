@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cutaway.v1 import capture_pb2, inference_pb2
+from cutaway.v1 import capture_pb2, inference_pb2, sweep_pb2
 from cutaway.v1 import introspection_pb2 as v1
 
 from cutaway_server.captures import Captured, Part, Places
@@ -41,7 +41,7 @@ def choice_of(request: v1.AttributionRequest, text: TextModel, facts: EngineFact
     return Choice(target, minus, request.neurons)
 
 
-def token_of(message: v1.TokenChoice, field: str, text: TextModel, d_vocab: int) -> int:
+def token_of(message: sweep_pb2.TokenChoice, field: str, text: TextModel, d_vocab: int) -> int:
     """The token that a choice names.
 
     Raises:

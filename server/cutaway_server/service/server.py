@@ -35,6 +35,7 @@ from cutaway_server.service.putting_aside import PuttingAside
 from cutaway_server.service.quotas import Quotas
 from cutaway_server.service.reflection import V1, V1ALPHA, Reflection
 from cutaway_server.service.shelf import Shelf
+from cutaway_server.service.sweeping import Sweeping
 from cutaway_server.service.tls import Certificates
 from cutaway_server.service.weighing import Weighing
 from cutaway_server.service.workers import Workers
@@ -87,6 +88,7 @@ class Server:
                 self._machine,
                 PuttingAside(shelf, self._workers, self._generation),
                 Weighing(self._generation, config),
+                Sweeping(self._generation),
             ),
             methods_of(HEALTH, self._health),
             methods_of(V1ALPHA, reflection),
