@@ -65,6 +65,7 @@ MAY = {
     **dict.fromkeys(OBSERVERS_MAY, ("observe",)),
     INTROSPECTION + "PredictCacheHit": ("generate", "observe"),
     **dict.fromkeys(LOOKERS_MAY, ("introspect",)),
+    INTROSPECTION + "Fork": ("generate",),
     **{INTROSPECTION + name: ("weights",) for name in ("GetWeights", "GetNearestTokens")},
     **{INTROSPECTION + name: ("edit", "introspect") for name in ("PutVectors", "ListVectors", "DeleteVectors")},
 }

@@ -208,6 +208,16 @@ class AsyncClient(AsyncInspecting, AsyncKeeping, AsyncSweeping, AsyncWeighing, A
         )
         return AsyncStream(call, request.request_id, self.address)
 
+    def fork(
+        self, request_id: str, /, *, at: int | None = None, index: int = 0, **options: Unpack[GenerateOptions]
+    ) -> AsyncStream:
+        """Continue a completion that runs, or has ended and is kept, after the first `at` tokens (default: all)."""
+        request = requests.fork_request(request_id, at, index, options)
+        call = self._calls.introspection.Fork(
+            request, timeout=self._seconds(options.get("timeout")), metadata=self._security.metadata
+        )
+        return AsyncStream(call, request.generate.request_id, self.address)
+
     async def complete(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Answer:
         """Wait for the completions of a prompt, of `token_ids=` or of `messages=`."""
         async with self.generate(prompt, **options) as stream:

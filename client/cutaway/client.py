@@ -195,6 +195,22 @@ class Client(Inspecting, Keeping, Sweeping, Weighing, MachineCalls):
         attempts = Attempts(partial(self._begin, request), self._seconds(options.get("timeout")), self._retries)
         return Stream(attempts, request.request_id, self.address)
 
+    def fork(
+        self, request_id: str, /, *, at: int | None = None, index: int = 0, **options: Unpack[GenerateOptions]
+    ) -> Stream:
+        """Continue a completion that runs, or has ended and is kept, after the first `at` tokens (default: all).
+
+        The keyword `request_id` names the new request. `edits` are those of the request forked, unless others are given.
+        """
+        request = requests.fork_request(request_id, at, index, options)
+
+        def begin(timeout: float | None) -> Call:
+            self._check_open()
+            return self._calls.introspection.Fork(request, timeout=timeout, metadata=self._metadata)
+
+        attempts = Attempts(begin, self._seconds(options.get("timeout")), self._retries)
+        return Stream(attempts, request.generate.request_id, self.address)
+
     def complete(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Answer:
         """Wait for the completions of a prompt, of `token_ids=` or of `messages=`."""
         with self.generate(prompt, **options) as stream:

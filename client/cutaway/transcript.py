@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         | looking.GetAttentionResponse
         | looking.LogitLensResponse
         | looking.AttributionResponse
+        | looking.ForkResponse
     )
 
 

@@ -556,6 +556,73 @@ class PutRunResponse(_message.Message):
 Global___PutRunResponse: _TypeAlias = PutRunResponse  # noqa: Y015
 
 @_typing.final
+class ForkRequest(_message.Message):
+    """What to continue, from where, and how."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    GENERATE_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The name of the request."""
+    index: _builtins.int
+    """Which completion of it."""
+    at: _builtins.int
+    """How many of its generated tokens to keep: the fork's first token takes the place of token `at`, counted from 0. Unset:
+    all that there are now.
+    """
+    @_builtins.property
+    def generate(self) -> _inference_pb2.GenerateRequest:
+        """How to go on: as for Generate, without a prompt, which is the prompt forked and the tokens kept. With the sampling
+        fields of the request forked, its seed (told by Started) among them, the fork goes on as that did. edits unset: those
+        of the request forked, at the same positions, which asks for the scope `edit`.
+        """
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        index: _builtins.int = ...,
+        at: _builtins.int | None = ...,
+        generate: _inference_pb2.GenerateRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_at", b"_at", "at", b"at", "generate", b"generate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_at", b"_at", "at", b"at", "generate", b"generate", "index", b"index", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__at: _TypeAlias = _typing.Literal["at"]  # noqa: Y015
+    _WhichOneofArgType__at: _TypeAlias = _typing.Literal["_at", b"_at"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__at) -> _WhichOneofReturnType__at | None: ...
+
+Global___ForkRequest: _TypeAlias = ForkRequest  # noqa: Y015
+
+@_typing.final
+class ForkResponse(_message.Message):
+    """One message of the stream: as of Generate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def event(self) -> _inference_pb2.GenerateResponse:
+        """What it tells."""
+
+    def __init__(
+        self,
+        *,
+        event: _inference_pb2.GenerateResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkResponse: _TypeAlias = ForkResponse  # noqa: Y015
+
+@_typing.final
 class EstimateRequest(_message.Message):
     """What to estimate."""
 

@@ -124,6 +124,11 @@ class IntrospectionStub:
                 request_serializer=cutaway_dot_v1_dot_weights__pb2.GetNearestTokensRequest.SerializeToString,
                 response_deserializer=cutaway_dot_v1_dot_weights__pb2.GetNearestTokensResponse.FromString,
                 _registered_method=True)
+        self.Fork = channel.unary_stream(
+                '/cutaway.v1.Introspection/Fork',
+                request_serializer=cutaway_dot_v1_dot_introspection__pb2.ForkRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_introspection__pb2.ForkResponse.FromString,
+                _registered_method=True)
         self.PutVectors = channel.stream_unary(
                 '/cutaway.v1.Introspection/PutVectors',
                 request_serializer=cutaway_dot_v1_dot_stored__pb2.PutVectorsRequest.SerializeToString,
@@ -270,6 +275,14 @@ class IntrospectionServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Fork(self, request, context):
+        """Continues a completion of a request of the caller's tenant that runs, or has ended and is kept, from any of its
+        tokens: as a request of its own, which shares the pages of the tokens before. Scope `generate`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PutVectors(self, request_iterator, context):
         """Keeps a safetensors file, so that edits and captures can name its tensors. Scope `introspect` or `edit`.
         """
@@ -385,6 +398,11 @@ def add_IntrospectionServicer_to_server(servicer, server):
                     servicer.GetNearestTokens,
                     request_deserializer=cutaway_dot_v1_dot_weights__pb2.GetNearestTokensRequest.FromString,
                     response_serializer=cutaway_dot_v1_dot_weights__pb2.GetNearestTokensResponse.SerializeToString,
+            ),
+            'Fork': grpc.unary_stream_rpc_method_handler(
+                    servicer.Fork,
+                    request_deserializer=cutaway_dot_v1_dot_introspection__pb2.ForkRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_introspection__pb2.ForkResponse.SerializeToString,
             ),
             'PutVectors': grpc.stream_unary_rpc_method_handler(
                     servicer.PutVectors,
@@ -867,6 +885,33 @@ class Introspection:
             '/cutaway.v1.Introspection/GetNearestTokens',
             cutaway_dot_v1_dot_weights__pb2.GetNearestTokensRequest.SerializeToString,
             cutaway_dot_v1_dot_weights__pb2.GetNearestTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fork(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cutaway.v1.Introspection/Fork',
+            cutaway_dot_v1_dot_introspection__pb2.ForkRequest.SerializeToString,
+            cutaway_dot_v1_dot_introspection__pb2.ForkResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -73,6 +73,10 @@ class IntrospectionStub:
     """Tells which tokens a vector of the residual stream, or a neuron, is about. Off unless the operator allows it. Scope
     `weights`.
     """
+    Fork: _grpc.UnaryStreamMultiCallable[_introspection_pb2.ForkRequest, _introspection_pb2.ForkResponse]
+    """Continues a completion of a request of the caller's tenant that runs, or has ended and is kept, from any of its
+    tokens: as a request of its own, which shares the pages of the tokens before. Scope `generate`.
+    """
     PutVectors: _grpc.StreamUnaryMultiCallable[_stored_pb2.PutVectorsRequest, _stored_pb2.PutVectorsResponse]
     """Keeps a safetensors file, so that edits and captures can name its tensors. Scope `introspect` or `edit`."""
     PutRun: _grpc.UnaryUnaryMultiCallable[_introspection_pb2.PutRunRequest, _introspection_pb2.PutRunResponse]
@@ -122,6 +126,10 @@ class IntrospectionAsyncStub(IntrospectionStub):
     GetNearestTokens: _aio.UnaryUnaryMultiCallable[_weights_pb2.GetNearestTokensRequest, _weights_pb2.GetNearestTokensResponse]  # type: ignore[assignment]
     """Tells which tokens a vector of the residual stream, or a neuron, is about. Off unless the operator allows it. Scope
     `weights`.
+    """
+    Fork: _aio.UnaryStreamMultiCallable[_introspection_pb2.ForkRequest, _introspection_pb2.ForkResponse]  # type: ignore[assignment]
+    """Continues a completion of a request of the caller's tenant that runs, or has ended and is kept, from any of its
+    tokens: as a request of its own, which shares the pages of the tokens before. Scope `generate`.
     """
     PutVectors: _aio.StreamUnaryMultiCallable[_stored_pb2.PutVectorsRequest, _stored_pb2.PutVectorsResponse]  # type: ignore[assignment]
     """Keeps a safetensors file, so that edits and captures can name its tensors. Scope `introspect` or `edit`."""
@@ -271,6 +279,16 @@ class IntrospectionServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_weights_pb2.GetNearestTokensResponse, _abc.Awaitable[_weights_pb2.GetNearestTokensResponse]]:
         """Tells which tokens a vector of the residual stream, or a neuron, is about. Off unless the operator allows it. Scope
         `weights`.
+        """
+
+    @_abc_1.abstractmethod
+    def Fork(
+        self,
+        request: _introspection_pb2.ForkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_introspection_pb2.ForkResponse], _abc.AsyncIterator[_introspection_pb2.ForkResponse]]:
+        """Continues a completion of a request of the caller's tenant that runs, or has ended and is kept, from any of its
+        tokens: as a request of its own, which shares the pages of the tokens before. Scope `generate`.
         """
 
     @_abc_1.abstractmethod

@@ -55,6 +55,7 @@ METHODS: Mapping[str, frozenset[Scope]] = {
     INTROSPECTION + "ListRequests": OBSERVE,
     INTROSPECTION + "PredictCacheHit": OBSERVE | GENERATE,
     INTROSPECTION + "ReadCache": INTROSPECT,
+    INTROSPECTION + "Fork": GENERATE,
     INTROSPECTION + "PutRun": INTROSPECT,
     INTROSPECTION + "Sweep": INTROSPECT,
     INTROSPECTION + "GetWeights": WEIGHTS,

@@ -85,10 +85,11 @@ class Generation:
 
     # Writing to the context, rather than yielding, lets a cancelled call clean up at once.
     async def stream(
-        self, request: v1.GenerateRequest, context: Context, wrap: Callable[[v1.GenerateResponse], Message]
-    ) -> None:
-        """Stream one request's events, each as the message that `wrap` makes of it."""
-        async with self._answering(request, context) as reply:
+        self, request: v1.GenerateRequest, context: Context, wrap: Callable[[v1.GenerateResponse], Message],
+        alter: Callable[[Asked], Asked] | None = None,
+    ) -> None:  # fmt: skip
+        """Stream one request's events, each as the message that `wrap` makes of it; `alter` changes what is asked."""
+        async with self._answering(request, context, alter) as reply:
             while messages := await reply.take():
                 for message in messages:
                     await context.write(wrap(message))
@@ -129,7 +130,9 @@ class Generation:
         return await self._workers.run(function, 0)
 
     @asynccontextmanager
-    async def _answering(self, request: v1.GenerateRequest, context: Context) -> AsyncIterator[Reply]:
+    async def _answering(
+        self, request: v1.GenerateRequest, context: Context, alter: Callable[[Asked], Asked] | None = None
+    ) -> AsyncIterator[Reply]:
         """The reply to a request, for as long as the block lasts."""
         served = self.ready()
         self._desk.admit()
@@ -139,6 +142,7 @@ class Generation:
         request.request_id = name_of(request)
         with self._desk.arriving(request.request_id, call.caller.tenant):
             asked = await self.ask(request, deadline)
+            asked = asked if alter is None else alter(asked)
             call.request_id = request.request_id
             if self._config.log_prompts:
                 log.info("request %s: prompt %r", call.request_id, served.text.decode(asked.request.prompt))

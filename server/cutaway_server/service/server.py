@@ -23,6 +23,7 @@ from cutaway_server.service.audit import AuditLog
 from cutaway_server.service.credentials import CredentialStore
 from cutaway_server.service.desk import Backend, Desk
 from cutaway_server.service.files import load_files
+from cutaway_server.service.forking import Forking
 from cutaway_server.service.generation import Generation, Served
 from cutaway_server.service.health import Health, first_of
 from cutaway_server.service.inference import Inference
@@ -68,6 +69,7 @@ class Server:
         self.quotas = Quotas()
         shelf = Shelf(config.stored_bytes, load_files(Path(config.vectors)) if config.vectors is not None else ())
         self._generation = Generation(self.desk, self._workers, config, self.quotas, shelf)
+        self._forking = Forking(self._generation)
         self._machine = Machine(self._generation, self._workers, config)
         self._health = Health(("", INFERENCE.full_name, INTROSPECTION.full_name))
         self.metrics = Metrics(config)
@@ -89,6 +91,7 @@ class Server:
                 PuttingAside(shelf, self._workers, self._generation),
                 Weighing(self._generation, config),
                 Sweeping(self._generation),
+                self._forking,
             ),
             methods_of(HEALTH, self._health),
             methods_of(V1ALPHA, reflection),
@@ -128,6 +131,7 @@ class Server:
         self.desk.connect(backend)
         self._generation.served = Served(facts, text)
         self._machine.connect(backend)
+        self._forking.connect(backend)
         await self._tell(serving=True)
 
     async def drain(self, *cuts: asyncio.Event) -> None:
