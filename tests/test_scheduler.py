@@ -33,7 +33,7 @@ def request_for(
     share: float = 1.0,
 ) -> Request:
     sampling = SamplingParams(seed=0, max_tokens=max_tokens, n=n, prompt_logprobs=prompt_logprobs)
-    return Request(name, tuple(prompt), sampling, 0.0, deadline, tenant, prefix_caching, priority, share)
+    return Request(name, tuple(prompt), sampling, 0.0, deadline, tenant, prefix_caching, priority=priority, share=share)
 
 
 def scheduler_with(capacity: int = 64, page_size: int = 4, **limits: float) -> Scheduler:

@@ -41,6 +41,7 @@ ALL_MAY = {
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 }
 GENERATORS_MAY = {f"/cutaway.v1.Inference/{name}" for name in ("Generate", "Abort", "Tokenize", "Detokenize")}
+LOW = new_key()
 INTROSPECTION = "/cutaway.v1.Introspection/"
 OBSERVERS_MAY = {
     INTROSPECTION + name for name in ("GetCacheStats", "GetBlocks", "WatchCache", "WatchSteps", "ListRequests")
@@ -57,7 +58,6 @@ MAY = {
     **dict.fromkeys(LOOKERS_MAY, ("introspect",)),
 }
 METHODS_BY_HAND = sorted(MAY)
-LOW = new_key()
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import copy_context
+from typing import Any
 
 import pytest
 from cutaway_server.errors import QueueFull
+from cutaway_server.service.caller import CALL, Call, Caller
 from cutaway_server.service.workers import Workers
 
 
@@ -19,9 +22,16 @@ def held() -> Iterator[threading.Event]:
     event.set()
 
 
+def run(workers: Workers, function: Callable[[], Any], tenant: str) -> asyncio.Task[Any]:
+    """A task that runs `function` in a call of `tenant`, begun."""
+    context = copy_context()
+    context.run(CALL.set, Call("", Caller("", "key", tenant, frozenset())))
+    return asyncio.get_running_loop().create_task(workers.run(function), context=context)
+
+
 async def started(workers: Workers, held: threading.Event) -> asyncio.Task[bool]:
     began = threading.Event()
-    task = asyncio.ensure_future(workers.run(lambda: (began.set(), held.wait(20))[1], tenant="many"))
+    task = run(workers, lambda: (began.set(), held.wait(20))[1], "many")
     while not began.is_set():
         await asyncio.sleep(0.001)
     return task
@@ -30,9 +40,9 @@ async def started(workers: Workers, held: threading.Event) -> asyncio.Task[bool]
 async def test_tenants_take_turns_however_much_one_has_sent(held: threading.Event) -> None:
     workers, done = Workers(1, 100), []
     await started(workers, held)
-    tasks = [asyncio.ensure_future(workers.run(lambda i=i: done.append(f"many {i}"), tenant="many")) for i in range(20)]
+    tasks = [run(workers, lambda i=i: done.append(f"many {i}"), "many") for i in range(20)]
     await asyncio.sleep(0)
-    tasks += [asyncio.ensure_future(workers.run(lambda i=i: done.append(f"few {i}"), tenant="few")) for i in range(2)]
+    tasks += [run(workers, lambda i=i: done.append(f"few {i}"), "few") for i in range(2)]
     await asyncio.sleep(0)
     held.set()
     await asyncio.gather(*tasks)
@@ -43,24 +53,24 @@ async def test_tenants_take_turns_however_much_one_has_sent(held: threading.Even
 async def test_a_tenant_leaves_places_to_others(held: threading.Event) -> None:
     workers = Workers(1, 10)
     first = await started(workers, held)
-    tasks = [asyncio.ensure_future(workers.run(int, tenant="many")) for _ in range(5)]
+    tasks = [run(workers, int, "many") for _ in range(5)]
     await asyncio.sleep(0)
     with pytest.raises(QueueFull, match="5 of your texts"):
         await tasks[-1]
-    few = asyncio.ensure_future(workers.run(int, tenant="few"))
+    few = run(workers, int, "few")
     await asyncio.sleep(0)
     held.set()
     assert await first
     assert await few == 0
-    assert await workers.run(int, tenant="many") == 0, "places are given back"
+    assert await run(workers, int, "many") == 0, "places are given back"
     workers.stop()
 
 
 async def test_what_nobody_waits_for_any_more_is_not_done(held: threading.Event) -> None:
     workers, done = Workers(1, 10), []
     first = await started(workers, held)
-    left = asyncio.ensure_future(workers.run(lambda: done.append("left"), tenant="many"))
-    stays = asyncio.ensure_future(workers.run(lambda: done.append("stays"), tenant="many"))
+    left = run(workers, lambda: done.append("left"), "many")
+    stays = run(workers, lambda: done.append("stays"), "many")
     await asyncio.sleep(0)
     left.cancel()
     await asyncio.sleep(0)

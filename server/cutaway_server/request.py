@@ -219,10 +219,10 @@ class Request:
     deadline: float | None = None
     tenant: str = ""
     prefix_caching: bool = True
-    priority: int = 0
-    share: float = 1.0
     captures: tuple[Capture, ...] = ()
     edits: Edits = NO_EDITS
+    priority: int = 0
+    share: float = 1.0
 
     @property
     def probed(self) -> bool:

@@ -85,14 +85,14 @@ class Scheduler:
         return len(self.waiting)
 
     @property
-    def caches_prefixes(self) -> bool:
-        """Whether prompts that begin alike share blocks."""
-        return self._prefix.enabled
-
-    @property
     def settled(self) -> bool:
         """Whether the next step is sure to admit nobody, and to preempt nobody for one who waits."""
         return not self.waiting or (self.n_running >= self.max_running and not self._shares.contended)
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether prompts that begin alike share blocks."""
+        return self._prefix.enabled
 
     def looks_up(self, request: Request) -> bool:
         """Whether the prompt of `request` is looked for in the prefix cache."""

@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
 
 from cutaway.v1 import inference_pb2 as v1
 from cutaway.v1.inference_pb2_grpc import InferenceServicer
-from google.protobuf.message import Message
 
 from cutaway_server.config import Config
 from cutaway_server.service.caller import current
@@ -19,8 +16,6 @@ from cutaway_server.service.generation import Generation, Served
 from cutaway_server.service.status import Context
 from cutaway_server.service.texts import detokenize, tokenize
 from cutaway_server.service.workers import Workers
-
-R = TypeVar("R")
 
 MAX_NAME = 128  # characters of a request's name, for logs
 
@@ -49,21 +44,20 @@ class Inference(InferenceServicer):
     async def Tokenize(self, request: v1.TokenizeRequest, context: Context) -> v1.TokenizeResponse:
         """Turn text into tokens."""
         text = self._ready().text
-        return await self._worked(request, partial(tokenize, request, text, self._config.max_prompt_bytes))
+        return await self._workers.run(
+            partial(tokenize, request, text, self._config.max_prompt_bytes), request.ByteSize()
+        )
 
     async def Detokenize(self, request: v1.DetokenizeRequest, context: Context) -> v1.DetokenizeResponse:
         """Turn tokens into text."""
         served = self._ready()
-        return await self._worked(request, partial(detokenize, request, served.text, served.facts.config.d_vocab))
+        work = partial(detokenize, request, served.text, served.facts.config.d_vocab)
+        return await self._workers.run(work, request.ByteSize())
 
     async def GetModel(self, request: v1.GetModelRequest, context: Context) -> v1.GetModelResponse:
         """Tell what is served."""
         served = self._ready()
         return describe(self._config, served.facts, served.text, current().caller)
-
-    async def _worked(self, request: Message, work: Callable[[], R]) -> R:
-        """What `work` on `request` gives, done on a worker's thread in its tenant's turn."""
-        return await self._workers.run(work, request.ByteSize(), current().caller.tenant)
 
     def _ready(self) -> Served:
         return self._generation.ready()

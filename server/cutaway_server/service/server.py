@@ -60,7 +60,7 @@ class Server:
         self._workers = Workers(config.tokenizer_threads, config.max_running + config.max_queued)
         self.desk = Desk(asyncio.get_running_loop())
         self.quotas = Quotas()
-        self._generation = Generation(self.desk, self._workers, self.quotas, config)
+        self._generation = Generation(self.desk, self._workers, config, self.quotas)
         self._machine = Machine(self._generation, self._workers, config)
         self._health = Health(("", INFERENCE.full_name, INTROSPECTION.full_name))
         self.metrics = Metrics(config)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from cutaway_server.errors import QueueFull
 from cutaway_server.kernels.memory import trim
+from cutaway_server.service.caller import current
 
 R = TypeVar("R")
 Task = tuple[Callable[[], Any], "Future[Any]"]
@@ -35,12 +36,13 @@ class Workers:
         self._lock = threading.Lock()  # guards _waiting
         self._waiting: OrderedDict[str, deque[Task]] = OrderedDict()  # by tenant: the first has the next turn
 
-    async def run(self, function: Callable[[], R], size: int = 0, tenant: str = "") -> R:
-        """The function's result. `size`: bytes of the message that it works on.
+    async def run(self, function: Callable[[], R], size: int = 0) -> R:
+        """The function's result, for the tenant whose call this is. `size`: bytes of the message that it works on.
 
         Raises:
             QueueFull: too many wait already.
         """
+        tenant = current().caller.tenant
         self._refuse(tenant)
         loop = asyncio.get_running_loop()
         self._taken[tenant] += 1  # until it has run, even if nobody waits for it any more
