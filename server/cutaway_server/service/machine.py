@@ -63,7 +63,7 @@ class Machine:
         def messages() -> list[v1.GetBlocksResponse]:
             return list(blocks_messages(taken, dtype, request.request_id, self._spell))
 
-        for message in await self._workers.run(messages, tenant=_tenant()):
+        for message in await self._workers.run(messages):
             await context.write(message)
 
     async def ReadCache(self, request: v1.ReadCacheRequest, context: Context) -> None:
@@ -105,14 +105,13 @@ class Machine:
     async def ListRequests(self, request: v1.ListRequestsRequest, context: Context) -> v1.ListRequestsResponse:
         """List the requests."""
         state = await self._look(partial(requests_state, tenant=_tenant(), tokens=self._config.inspect_text))
-        return await self._workers.run(partial(requests_message, state, self._spell), tenant=_tenant())
+        return await self._workers.run(partial(requests_message, state, self._spell))
 
     async def PredictCacheHit(self, request: v1.PredictCacheHitRequest, context: Context) -> v1.PredictCacheHitResponse:
         """Look for a prompt in the prefix cache."""
         asked = (await self._generation.ask(request.generate)).request
         pool = await self._look(lambda engine: engine.scheduler.pool)
-        hashing = partial(digests_of, pool, asked)
-        digests = await self._workers.run(hashing, tenant=_tenant()) if asked.prefix_caching else []
+        digests = await self._workers.run(partial(digests_of, pool, asked)) if asked.prefix_caching else []
         found = await self._look(cached_prefix(digests))
         n_tokens, size = len(asked.prompt), pool.page_size
         return v1.PredictCacheHitResponse(
