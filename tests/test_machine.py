@@ -30,7 +30,6 @@ from cutaway.machine import Step
 from cutaway.machine_calls import Watch, steps
 from cutaway.v1.introspection_pb2_grpc import IntrospectionStub
 from cutaway.v1.machine_pb2 import WatchStepsRequest
-from cutaway_server.engine.engine import Engine
 from secured import write_keys
 from serving import LiveServer, eventually, serving
 from tiny import VOCAB, save_tiny
@@ -512,31 +511,28 @@ def test_looks_at_a_dead_engine_are_answered(models: SimpleNamespace) -> None:
             client.cache_stats()
 
 
-def test_many_looks_do_not_keep_the_engine_from_stepping(models: SimpleNamespace) -> None:
-    with serving(models.path / "llama") as live, Client(live.address) as client:
-        stop, looked = threading.Event(), []
+def test_many_long_looks_take_a_tenth_of_the_time_and_no_more(models: SimpleNamespace) -> None:
+    with serving(models.path / "llama", pace=0.005) as live, Client(live.address) as client:
+        stop, looks = threading.Event(), []
 
         def look() -> None:
             while not stop.is_set():
-                looked.append(live.engine_thread.look(_slow_steps).result())
+                live.engine_thread.look(lambda _: looks.append(time.sleep(0.005))).result()
 
         threads = [threading.Thread(target=look) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        try:
-            make(client, PROMPT, 100)
-        finally:
-            stop.set()
+        with client.generate(token_ids=PROMPT, max_tokens=400, ignore_eos=True) as stream:
+            next(stream)
             for thread in threads:
-                thread.join()
-    during = Counter(steps for steps in looked if 0 < steps < 100)
-    assert len(during) > 20
-    assert max(during.values()) <= 4, "2 ms of looks a step, not 8 threads' worth without end"
-
-
-def _slow_steps(engine: Engine) -> int:
-    time.sleep(0.001)
-    return engine.steps
+                thread.start()
+            before, began = len(looks), time.perf_counter()
+            for _ in range(150):
+                next(stream)
+            took, made = time.perf_counter() - began, len(looks) - before
+            stop.set()
+        for thread in threads:
+            thread.join()
+        assert made > 0
+        assert made * 0.005 < 0.1 * took + 8 * 0.005, "8 threads ask without end"
 
 
 def test_fuzzed_questions_hurt_nobody(live: LiveServer, client: Client) -> None:
