@@ -35,7 +35,7 @@ ALL_MAY = {
 GENERATORS_MAY = {f"/cutaway.v1.Inference/{name}" for name in ("Generate", "Abort", "Tokenize", "Detokenize")}
 LOOKERS_MAY = {
     f"/cutaway.v1.Introspection/{name}"
-    for name in ("ListPoints", "Trace", "GetHiddenStates", "GetAttention", "LogitLens", "Estimate")
+    for name in ("ListPoints", "Trace", "GetHiddenStates", "GetAttention", "LogitLens", "SelfCheck", "Estimate")
 }
 METHODS_BY_HAND = sorted(ALL_MAY | GENERATORS_MAY | LOOKERS_MAY)
 NEEDED = {**dict.fromkeys(GENERATORS_MAY, "generate"), **dict.fromkeys(LOOKERS_MAY, "introspect")}

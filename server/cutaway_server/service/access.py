@@ -42,6 +42,7 @@ METHODS: Mapping[str, frozenset[Scope]] = {
     "/cutaway.v1.Introspection/GetHiddenStates": INTROSPECT,
     "/cutaway.v1.Introspection/GetAttention": INTROSPECT,
     "/cutaway.v1.Introspection/LogitLens": INTROSPECT,
+    "/cutaway.v1.Introspection/SelfCheck": INTROSPECT,
     "/cutaway.v1.Introspection/Estimate": INTROSPECT,
     HEALTH + "Check": KNOWN,
     HEALTH + "List": KNOWN,
