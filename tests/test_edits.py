@@ -367,7 +367,8 @@ def test_edited_requests_are_alone_what_they_are_among_others_and_leave_them_alo
     seen = watch(engine, *requests)
     assert engine.observed.preemptions > 0
     for request in requests:
-        same(seen[request.request_id], watch(tiny_engine(PLAIN, native_kernels), request)[request.request_id])
+        alone = watch(tiny_engine(PLAIN, native_kernels), request)[request.request_id]
+        same(seen[request.request_id], alone, native_kernels)
     again = watch(engine, *requests)
     for request in requests:
         assert again[request.request_id].tokens == seen[request.request_id].tokens, "from cached pages"

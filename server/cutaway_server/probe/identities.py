@@ -24,7 +24,14 @@ NEEDED = (
     A + "hook_attn_scores", A + "hook_lse", A + "hook_pattern", A + "hook_z", B + "ln1.hook_scale",
     B + "ln1.hook_normalized", "ln_final.hook_scale", "ln_final.hook_normalized", "ln_final.hook_out", "logits",
 )  # fmt: skip
-TOLERANCES = {"F32": 2e-5, "BF16": 2e-2, "F16": 4e-3, "I8": 4e-2, "F8_E4M3": 1e-1}  # of what goes through pages or products in the served dtype
+# By what pages hold: of what goes through them, or through products in the served dtype.
+TOLERANCES = {
+    "F32": 2e-5,
+    "BF16": 2e-2,
+    "F16": 4e-3,
+    "I8": 4e-2,
+    "F8_E4M3": 1e-1,
+}
 
 
 @dataclass(frozen=True, slots=True)
