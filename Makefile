@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 $(DEPLOY_INSTALLED): $(INSTALLED)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[deploy]'
+	$(BIN)/python -m pip install -q -c constraints.txt -c deploy/constraints.txt -e '.[deploy]'
 	touch $@
 
 install: $(INSTALLED)  ## set up .venv

@@ -59,6 +59,13 @@ gains in speed. The native kernels are in the wheel, or built at the first start
 a CPU no number ever depends on the rest of the batch, so `--batch-invariant` is for GPUs.""",
     ),
     Subject(
+        "Looking inside",
+        ("max-capture-bytes", "capture-memory", "retain-bytes", "retain-seconds", "inspect-text"),
+        """Both bound what captures may cost: a request that would send more than `--max-capture-bytes` is refused
+before anything is computed, with its size in the message, and values that readers have not taken yet fill
+`--capture-memory`. Keys need the scope `introspect` to look and `edit` to change.""",
+    ),
+    Subject(
         "Memory",
         ("kv-cache-memory", "memory-utilization", "kv-dtype", "max-context", "page-size", "prefix-caching"),
         """The pool of pages is sized once, after the weights are loaded: `--memory-utilization` of what is free then

@@ -6,7 +6,7 @@ import hashlib
 import struct
 
 import pytest
-from cutaway_server.cache.blocks import ROOT, BlockPool, OutOfBlocks
+from cutaway_server.cache.blocks import ROOT, BlockPool, Lease, OutOfBlocks
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -46,6 +46,9 @@ class PoolAgainstDictionary(RuleBasedStateMachine):
         self.held: dict[int, int] = {}
         self.name_of: dict[int, int] = {}  # block -> the name it can be found under
         self.released: list[int] = []  # findable and held by nobody, oldest release first
+        self.kept: dict[int, list[Lease]] = {}
+        self.last: list[int] = []  # kept and held by nobody, oldest release first
+        self.stale: list[Lease] = []
         self.content = [0] * (capacity + 1)
         self.content_of_name: dict[int, int] = {}
         self.writes = self.evicted = self.found = 0
@@ -56,15 +59,17 @@ class PoolAgainstDictionary(RuleBasedStateMachine):
             with pytest.raises(OutOfBlocks, match=f"all {self.capacity} blocks are in use"):
                 self.pool.take()
             return
-        unused = set(range(1, self.capacity + 1)) - self.held.keys() - set(self.released)
+        unused = set(range(1, self.capacity + 1)) - self.held.keys() - set(self.released) - set(self.last)
         self.took(self.pool.take(), unused)
 
     def took(self, block: int, unused: set[int]) -> None:
         if unused:
             assert block in unused
         else:
-            assert block == self.released.pop(0)
-            del self.content_of_name[self.name_of.pop(block)]
+            assert block == (self.released or self.last).pop(0)
+            if block in self.name_of:
+                del self.content_of_name[self.name_of.pop(block)]
+            self.stale += self.kept.pop(block, [])
             self.evicted += 1
             PoolAgainstDictionary.evictions += 1
         self.held[block] = 1
@@ -75,20 +80,50 @@ class PoolAgainstDictionary(RuleBasedStateMachine):
     @rule(name=st.integers(0, 11))
     def come_and_go(self, name: int) -> None:
         """Take, fill, publish and release one block, so that the cache fills and evicts often."""
-        unused = set(range(1, self.capacity + 1)) - self.held.keys() - set(self.released)
+        unused = set(range(1, self.capacity + 1)) - self.held.keys() - set(self.released) - set(self.last)
         block = self.pool.take()
         self.took(block, unused)
         self.publish_one(block, name)
         self.release_one(block)
 
-    @precondition(lambda self: self.held or self.released)
+    @precondition(lambda self: self.held or self.released or self.last)
     @rule(data=st.data())
     def share(self, data: st.DataObject) -> None:
-        block = data.draw(st.sampled_from(sorted([*self.held, *self.released])))
+        block = data.draw(st.sampled_from(sorted([*self.held, *self.released, *self.last])))
         self.pool.share(block)
         self.held[block] = self.held.get(block, 0) + 1
-        if block in self.released:
-            self.released.remove(block)
+        for idle in (self.released, self.last):
+            if block in idle:
+                idle.remove(block)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def keep(self, data: st.DataObject) -> None:
+        block = data.draw(st.sampled_from(sorted(self.held)))
+        self.kept.setdefault(block, []).append(self.pool.keep(block))
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def let_go(self, data: st.DataObject) -> None:
+        block = data.draw(st.sampled_from(sorted(self.kept)))
+        lease = self.kept[block].pop()
+        assert self.pool.holds(lease)
+        self.pool.let_go(lease)
+        if not self.kept[block]:
+            del self.kept[block]
+            self.stale.append(lease)
+            if block in self.last:
+                self.last.remove(block)
+                if block in self.name_of:
+                    self.released.append(block)
+
+    @precondition(lambda self: self.stale)
+    @rule()
+    def let_go_of_what_is_gone(self) -> None:
+        lease = self.stale.pop()
+        if lease not in self.kept.get(lease.block, []):
+            assert not self.pool.holds(lease)
+            self.pool.let_go(lease)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -100,7 +135,9 @@ class PoolAgainstDictionary(RuleBasedStateMachine):
         self.held[block] -= 1
         if self.held[block] == 0:
             del self.held[block]
-            if block in self.name_of:
+            if block in self.kept:
+                self.last.append(block)
+            elif block in self.name_of:
                 self.released.append(block)
 
     @precondition(lambda self: self.held.keys() - self.name_of.keys())
@@ -131,7 +168,7 @@ class PoolAgainstDictionary(RuleBasedStateMachine):
             self.pool.release(block)
         with pytest.raises(AssertionError, match="published by nobody"):
             self.pool.publish(block, digest_of(99))
-        if block not in self.released:
+        if block not in self.released + self.last:
             with pytest.raises(AssertionError, match="nothing to share"):
                 self.pool.share(block)
 
@@ -143,8 +180,8 @@ class PoolAgainstDictionary(RuleBasedStateMachine):
             self.held.get(b, 0) for b in range(self.capacity + 1)
         ]
         assert self.pool.used == len(self.held)
-        assert self.pool.cached == len(self.released)
-        assert self.pool.free == self.capacity - len(self.held) - len(self.released)
+        assert (self.pool.cached, self.pool.retained) == (len(self.released) + len(self.last), len(self.last))
+        assert self.pool.free == self.capacity - len(self.held) - self.pool.cached
         assert self.pool.available == self.capacity - len(self.held)
         assert (self.pool.evictions, self.pool.hits) == (self.evicted, self.found)
 
@@ -229,6 +266,8 @@ def test_digests_differ_in_key_parent_tokens_order_and_salt() -> None:
         lambda pool, block: pool._published.clear(),
         lambda pool, block: pool._digests.clear(),
         lambda pool, block: pool._evictable.__setitem__(block, None),
+        lambda pool, block: pool._last.__setitem__(block, None),
+        lambda pool, block: pool._kept.__setitem__(pool._free[0], 1),
         lambda pool, block: pool._digests.__setitem__(pool._free[0], digest_of(9)),
     ],
 )

@@ -76,6 +76,13 @@ def test_prometheus_in_compose_is_prometheus_elsewhere_but_for_the_target() -> N
     assert composed == alone
 
 
+def test_every_tool_that_deploy_is_checked_with_is_pinned() -> None:
+    pins = [line.split("==")[0] for line in (DEPLOY / "constraints.txt").read_text().split()]
+    assert set(PROJECT["optional-dependencies"]["deploy"]) <= {
+        name.replace(".", "-").replace("_", "-") for name in pins
+    }
+
+
 @pytest.mark.deploy
 @pytest.mark.parametrize("path", ["deploy/Dockerfile", "tests/docker/prometheus.Dockerfile"])
 def test_hadolint_finds_nothing(path: str) -> None:

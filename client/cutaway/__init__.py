@@ -22,6 +22,21 @@ from cutaway.errors import (
     Unauthenticated,
     Unavailable,
 )
+from cutaway.machine import (
+    Block,
+    BlockEvent,
+    BlockHolder,
+    Blocks,
+    CacheContents,
+    CacheHit,
+    CacheStats,
+    CompletionInfo,
+    RequestInfo,
+    Requests,
+    Step,
+    StepRows,
+    StepToken,
+)
 from cutaway.options import GenerateOptions, Message, Sampling, TokenizeOptions
 from cutaway.results import (
     Answer,
@@ -55,6 +70,8 @@ if TYPE_CHECKING:
     from cutaway.capture import Capture
     from cutaway.client import Client, Stream
     from cutaway.edit import Edit
+    from cutaway.machine_aio import AsyncWatch
+    from cutaway.machine_calls import Watch
 
 __all__ = [
     "AlreadyExists",
@@ -64,10 +81,19 @@ __all__ = [
     "Arrays",
     "AsyncClient",
     "AsyncStream",
+    "AsyncWatch",
+    "Block",
+    "BlockEvent",
+    "BlockHolder",
+    "Blocks",
+    "CacheContents",
+    "CacheHit",
+    "CacheStats",
     "Cancelled",
     "Capture",
     "Client",
     "Completion",
+    "CompletionInfo",
     "CutawayError",
     "DeadlineExceeded",
     "Detokenized",
@@ -89,11 +115,16 @@ __all__ = [
     "Point",
     "PromptToken",
     "QueueFull",
+    "RequestInfo",
+    "Requests",
     "ResourceExhausted",
     "Sampling",
     "SelfCheck",
     "ServerError",
     "Started",
+    "Step",
+    "StepRows",
+    "StepToken",
     "Stream",
     "TextInfo",
     "Timings",
@@ -104,6 +135,7 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Usage",
+    "Watch",
     "WordMerges",
 ]
 
@@ -118,6 +150,14 @@ def __getattr__(name: str) -> object:
         from cutaway import aio
 
         return getattr(aio, name)
+    if name == "Watch":
+        from cutaway import machine_calls
+
+        return machine_calls.Watch
+    if name == "AsyncWatch":
+        from cutaway import machine_aio
+
+        return machine_aio.AsyncWatch
     if name in ("Array", "Arrays"):
         from cutaway import arrays
 

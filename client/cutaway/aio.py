@@ -17,6 +17,7 @@ from cutaway.aio_inspecting import AsyncInspecting
 from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, check_address, seconds
 from cutaway.client import HEALTH_CHECK
 from cutaway.errors import Cancelled
+from cutaway.machine_aio import AsyncMachineCalls
 from cutaway.options import GenerateOptions, TokenizeOptions
 from cutaway.results import Answer, Detokenized, Health, Model, Token, Tokenized
 from cutaway.security import File, security
@@ -148,7 +149,7 @@ class AsyncCalls:
         return stream
 
 
-class AsyncClient(AsyncInspecting):
+class AsyncClient(AsyncInspecting, AsyncMachineCalls):
     """A connection to one server, for one event loop; `async with AsyncClient(...) as client`. See `Client`."""
 
     def __init__(
@@ -241,6 +242,10 @@ class AsyncClient(AsyncInspecting):
         except asyncio.CancelledError as error:
             raise_unless_cancelled(error)
             raise
+
+    @property
+    def _proof(self) -> tuple[tuple[str, str], ...]:
+        return self._security.metadata
 
     def _seconds(self, timeout: float | None) -> float | None:
         return seconds(timeout, self.timeout)

@@ -16,6 +16,7 @@ from cutaway.attempts import Attempts
 from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, check_address, seconds
 from cutaway.inspecting import Inspecting
 from cutaway.interrupt import cancelling
+from cutaway.machine_calls import MachineCalls
 from cutaway.options import GenerateOptions, TokenizeOptions
 from cutaway.results import Answer, Detokenized, Health, Model, Token, Tokenized
 from cutaway.security import File, security
@@ -126,7 +127,7 @@ class Calls:
         return stream
 
 
-class Client(Inspecting):
+class Client(Inspecting, MachineCalls):
     """A connection to one server: `Client("127.0.0.1:50051")`. Close it, or use it in a `with` block.
 
     `api_key` says who you are; it is sent over TLS, or within this machine. `tls=True` speaks TLS and trusts the usual

@@ -227,6 +227,9 @@ class Limits:
     max_backlog_bytes: int
     max_streams: int
     max_calls: int | None
+    max_captures: int
+    max_capture_bytes: int
+    max_edits: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,9 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     model: str = Field("smollm2", min_length=1, description="What to serve: smollm2, gemma3-270m, a path or a hub id.")
-    served_name: str | None = Field(None, min_length=1, description="Name told to clients. Default: --model.")
+    served_name: str | None = Field(
+        None, min_length=1, description="Name told to clients. Default: --model; of a path, its last part."
+    )
     listen: Annotated[str, BeforeValidator(_check_listen)] = Field(
         "127.0.0.1:50051", description="HOST:PORT to serve on; port 0 picks one."
     )
@@ -133,6 +135,15 @@ class Config(BaseModel):
     max_running: Slots = Field(64, description="Completions computed at the same time, at most.")
     max_queued: Count = Field(1024, description="Requests that may wait; more are refused.")
     prefix_caching: bool = Field(True, description="Share pages between prompts that begin alike.")
+    retain_bytes: Annotated[Bytes, Field(ge=0)] = Field(
+        64 * 2**20,
+        description="Bytes of KV cache in which each tenant's finished requests stay, to be read, forked and replayed, "
+        "while nobody needs the room; 0 keeps none.",
+    )
+    retain_seconds: float = Field(300.0, ge=0, le=86400, description="Seconds that each of them stays, at most.")
+    inspect_text: bool = Field(
+        False, description="Tell those who observe their own requests the tokens and texts of these, too."
+    )
     drain_timeout: float = Field(
         30.0, ge=0, le=86400, description="Seconds that running requests may go on after SIGTERM."
     )
@@ -175,8 +186,9 @@ class Config(BaseModel):
 
     @property
     def name(self) -> str:
-        """The name told to clients."""
-        return self.served_name or self.model
+        """The name told to clients: of a path its last part, for where files lie is not theirs to know."""
+        path = Path(self.model).name if self.model.startswith(("/", ".", "~")) else ""
+        return self.served_name or path or self.model
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The command `cutaway`: generate, chat, tokenize and model, for people and (with --json) for scripts.
+"""The command `cutaway`: generate, chat, tokenize, model, inspect and top, for people and (--json) for scripts.
 
 Nothing heavy is imported here: `cutaway --help` answers at once, gRPC and rich load when a command runs.
 """
@@ -12,8 +12,10 @@ import click
 from cutaway.cli.chat import chat
 from cutaway.cli.connection import first_connection_options
 from cutaway.cli.generate import generate
+from cutaway.cli.inspect import inspect
 from cutaway.cli.model import model
 from cutaway.cli.tokenize import tokenize
+from cutaway.cli.top import top
 from cutaway.errors import CutawayError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -43,5 +45,5 @@ def main(ctx: click.Context) -> None:
         ctx.color = False
 
 
-for command in (generate, chat, tokenize, model):
+for command in (generate, chat, tokenize, model, inspect, top):
     main.add_command(command)

@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from cutaway.v1 import introspection_pb2 as cutaway_dot_v1_dot_introspection__pb2
+from cutaway.v1 import machine_pb2 as cutaway_dot_v1_dot_machine__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -26,7 +27,7 @@ if _version_not_supported:
 
 
 class IntrospectionStub:
-    """Reads inner values of requests, and the state of the machine. Asks for the scope `introspect`.
+    """Reads inner values of requests, and the state of the machine. Asks for the scope `introspect` where no other is named.
     """
 
     def __init__(self, channel):
@@ -70,10 +71,45 @@ class IntrospectionStub:
                 request_serializer=cutaway_dot_v1_dot_introspection__pb2.EstimateRequest.SerializeToString,
                 response_deserializer=cutaway_dot_v1_dot_introspection__pb2.EstimateResponse.FromString,
                 _registered_method=True)
+        self.GetCacheStats = channel.unary_unary(
+                '/cutaway.v1.Introspection/GetCacheStats',
+                request_serializer=cutaway_dot_v1_dot_machine__pb2.GetCacheStatsRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_machine__pb2.GetCacheStatsResponse.FromString,
+                _registered_method=True)
+        self.GetBlocks = channel.unary_stream(
+                '/cutaway.v1.Introspection/GetBlocks',
+                request_serializer=cutaway_dot_v1_dot_machine__pb2.GetBlocksRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_machine__pb2.GetBlocksResponse.FromString,
+                _registered_method=True)
+        self.ReadCache = channel.unary_stream(
+                '/cutaway.v1.Introspection/ReadCache',
+                request_serializer=cutaway_dot_v1_dot_machine__pb2.ReadCacheRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_machine__pb2.ReadCacheResponse.FromString,
+                _registered_method=True)
+        self.WatchCache = channel.unary_stream(
+                '/cutaway.v1.Introspection/WatchCache',
+                request_serializer=cutaway_dot_v1_dot_machine__pb2.WatchCacheRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_machine__pb2.WatchCacheResponse.FromString,
+                _registered_method=True)
+        self.WatchSteps = channel.unary_stream(
+                '/cutaway.v1.Introspection/WatchSteps',
+                request_serializer=cutaway_dot_v1_dot_machine__pb2.WatchStepsRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_machine__pb2.WatchStepsResponse.FromString,
+                _registered_method=True)
+        self.ListRequests = channel.unary_unary(
+                '/cutaway.v1.Introspection/ListRequests',
+                request_serializer=cutaway_dot_v1_dot_machine__pb2.ListRequestsRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_machine__pb2.ListRequestsResponse.FromString,
+                _registered_method=True)
+        self.PredictCacheHit = channel.unary_unary(
+                '/cutaway.v1.Introspection/PredictCacheHit',
+                request_serializer=cutaway_dot_v1_dot_machine__pb2.PredictCacheHitRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_machine__pb2.PredictCacheHitResponse.FromString,
+                _registered_method=True)
 
 
 class IntrospectionServicer:
-    """Reads inner values of requests, and the state of the machine. Asks for the scope `introspect`.
+    """Reads inner values of requests, and the state of the machine. Asks for the scope `introspect` where no other is named.
     """
 
     def ListPoints(self, request, context):
@@ -125,6 +161,55 @@ class IntrospectionServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetCacheStats(self, request, context):
+        """Tells how full the KV cache is, and how often it helped. Scope `observe`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetBlocks(self, request, context):
+        """Tells what each block of the caller's tenant holds, and who holds it. Scope `observe`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadCache(self, request, context):
+        """Streams keys and values of a request's positions out of the KV cache.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchCache(self, request, context):
+        """Streams what happens to the blocks of the caller's tenant. Scope `observe`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchSteps(self, request, context):
+        """Streams every step of the engine: who was in it, with what, and how long its phases took. Scope `observe`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRequests(self, request, context):
+        """Tells which requests of the caller's tenant wait, run, or have ended and are kept. Scope `observe`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PredictCacheHit(self, request, context):
+        """Tells how much of a prompt the prefix cache has. Scope `observe` or `generate`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_IntrospectionServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -163,6 +248,41 @@ def add_IntrospectionServicer_to_server(servicer, server):
                     request_deserializer=cutaway_dot_v1_dot_introspection__pb2.EstimateRequest.FromString,
                     response_serializer=cutaway_dot_v1_dot_introspection__pb2.EstimateResponse.SerializeToString,
             ),
+            'GetCacheStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCacheStats,
+                    request_deserializer=cutaway_dot_v1_dot_machine__pb2.GetCacheStatsRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_machine__pb2.GetCacheStatsResponse.SerializeToString,
+            ),
+            'GetBlocks': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetBlocks,
+                    request_deserializer=cutaway_dot_v1_dot_machine__pb2.GetBlocksRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_machine__pb2.GetBlocksResponse.SerializeToString,
+            ),
+            'ReadCache': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadCache,
+                    request_deserializer=cutaway_dot_v1_dot_machine__pb2.ReadCacheRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_machine__pb2.ReadCacheResponse.SerializeToString,
+            ),
+            'WatchCache': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchCache,
+                    request_deserializer=cutaway_dot_v1_dot_machine__pb2.WatchCacheRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_machine__pb2.WatchCacheResponse.SerializeToString,
+            ),
+            'WatchSteps': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchSteps,
+                    request_deserializer=cutaway_dot_v1_dot_machine__pb2.WatchStepsRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_machine__pb2.WatchStepsResponse.SerializeToString,
+            ),
+            'ListRequests': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRequests,
+                    request_deserializer=cutaway_dot_v1_dot_machine__pb2.ListRequestsRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_machine__pb2.ListRequestsResponse.SerializeToString,
+            ),
+            'PredictCacheHit': grpc.unary_unary_rpc_method_handler(
+                    servicer.PredictCacheHit,
+                    request_deserializer=cutaway_dot_v1_dot_machine__pb2.PredictCacheHitRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_machine__pb2.PredictCacheHitResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'cutaway.v1.Introspection', rpc_method_handlers)
@@ -172,7 +292,7 @@ def add_IntrospectionServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Introspection:
-    """Reads inner values of requests, and the state of the machine. Asks for the scope `introspect`.
+    """Reads inner values of requests, and the state of the machine. Asks for the scope `introspect` where no other is named.
     """
 
     @staticmethod
@@ -354,6 +474,195 @@ class Introspection:
             '/cutaway.v1.Introspection/Estimate',
             cutaway_dot_v1_dot_introspection__pb2.EstimateRequest.SerializeToString,
             cutaway_dot_v1_dot_introspection__pb2.EstimateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCacheStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cutaway.v1.Introspection/GetCacheStats',
+            cutaway_dot_v1_dot_machine__pb2.GetCacheStatsRequest.SerializeToString,
+            cutaway_dot_v1_dot_machine__pb2.GetCacheStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cutaway.v1.Introspection/GetBlocks',
+            cutaway_dot_v1_dot_machine__pb2.GetBlocksRequest.SerializeToString,
+            cutaway_dot_v1_dot_machine__pb2.GetBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cutaway.v1.Introspection/ReadCache',
+            cutaway_dot_v1_dot_machine__pb2.ReadCacheRequest.SerializeToString,
+            cutaway_dot_v1_dot_machine__pb2.ReadCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cutaway.v1.Introspection/WatchCache',
+            cutaway_dot_v1_dot_machine__pb2.WatchCacheRequest.SerializeToString,
+            cutaway_dot_v1_dot_machine__pb2.WatchCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchSteps(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cutaway.v1.Introspection/WatchSteps',
+            cutaway_dot_v1_dot_machine__pb2.WatchStepsRequest.SerializeToString,
+            cutaway_dot_v1_dot_machine__pb2.WatchStepsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRequests(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cutaway.v1.Introspection/ListRequests',
+            cutaway_dot_v1_dot_machine__pb2.ListRequestsRequest.SerializeToString,
+            cutaway_dot_v1_dot_machine__pb2.ListRequestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PredictCacheHit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cutaway.v1.Introspection/PredictCacheHit',
+            cutaway_dot_v1_dot_machine__pb2.PredictCacheHitRequest.SerializeToString,
+            cutaway_dot_v1_dot_machine__pb2.PredictCacheHitResponse.FromString,
             options,
             channel_credentials,
             insecure,

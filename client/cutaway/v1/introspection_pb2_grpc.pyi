@@ -5,6 +5,7 @@ Looking inside: every inner value of a served model, per request, in the same ba
 
 from collections import abc as _abc
 from cutaway.v1 import introspection_pb2 as _introspection_pb2
+from cutaway.v1 import machine_pb2 as _machine_pb2
 from grpc import aio as _aio
 import abc as _abc_1
 import grpc as _grpc
@@ -27,7 +28,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class IntrospectionStub:
-    """Reads inner values of requests, and the state of the machine. Asks for the scope `introspect`."""
+    """Reads inner values of requests, and the state of the machine. Asks for the scope `introspect` where no other is named."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -47,10 +48,24 @@ class IntrospectionStub:
     """Computes a prompt and tests on it what must hold of a transformer's inner values, with the error found."""
     Estimate: _grpc.UnaryUnaryMultiCallable[_introspection_pb2.EstimateRequest, _introspection_pb2.EstimateResponse]
     """Tells what a request would send and cost, and whether it would be refused, without computing it."""
+    GetCacheStats: _grpc.UnaryUnaryMultiCallable[_machine_pb2.GetCacheStatsRequest, _machine_pb2.GetCacheStatsResponse]
+    """Tells how full the KV cache is, and how often it helped. Scope `observe`."""
+    GetBlocks: _grpc.UnaryStreamMultiCallable[_machine_pb2.GetBlocksRequest, _machine_pb2.GetBlocksResponse]
+    """Tells what each block of the caller's tenant holds, and who holds it. Scope `observe`."""
+    ReadCache: _grpc.UnaryStreamMultiCallable[_machine_pb2.ReadCacheRequest, _machine_pb2.ReadCacheResponse]
+    """Streams keys and values of a request's positions out of the KV cache."""
+    WatchCache: _grpc.UnaryStreamMultiCallable[_machine_pb2.WatchCacheRequest, _machine_pb2.WatchCacheResponse]
+    """Streams what happens to the blocks of the caller's tenant. Scope `observe`."""
+    WatchSteps: _grpc.UnaryStreamMultiCallable[_machine_pb2.WatchStepsRequest, _machine_pb2.WatchStepsResponse]
+    """Streams every step of the engine: who was in it, with what, and how long its phases took. Scope `observe`."""
+    ListRequests: _grpc.UnaryUnaryMultiCallable[_machine_pb2.ListRequestsRequest, _machine_pb2.ListRequestsResponse]
+    """Tells which requests of the caller's tenant wait, run, or have ended and are kept. Scope `observe`."""
+    PredictCacheHit: _grpc.UnaryUnaryMultiCallable[_machine_pb2.PredictCacheHitRequest, _machine_pb2.PredictCacheHitResponse]
+    """Tells how much of a prompt the prefix cache has. Scope `observe` or `generate`."""
 
 @_typing.type_check_only
 class IntrospectionAsyncStub(IntrospectionStub):
-    """Reads inner values of requests, and the state of the machine. Asks for the scope `introspect`."""
+    """Reads inner values of requests, and the state of the machine. Asks for the scope `introspect` where no other is named."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListPoints: _aio.UnaryUnaryMultiCallable[_introspection_pb2.ListPointsRequest, _introspection_pb2.ListPointsResponse]  # type: ignore[assignment]
@@ -67,9 +82,23 @@ class IntrospectionAsyncStub(IntrospectionStub):
     """Computes a prompt and tests on it what must hold of a transformer's inner values, with the error found."""
     Estimate: _aio.UnaryUnaryMultiCallable[_introspection_pb2.EstimateRequest, _introspection_pb2.EstimateResponse]  # type: ignore[assignment]
     """Tells what a request would send and cost, and whether it would be refused, without computing it."""
+    GetCacheStats: _aio.UnaryUnaryMultiCallable[_machine_pb2.GetCacheStatsRequest, _machine_pb2.GetCacheStatsResponse]  # type: ignore[assignment]
+    """Tells how full the KV cache is, and how often it helped. Scope `observe`."""
+    GetBlocks: _aio.UnaryStreamMultiCallable[_machine_pb2.GetBlocksRequest, _machine_pb2.GetBlocksResponse]  # type: ignore[assignment]
+    """Tells what each block of the caller's tenant holds, and who holds it. Scope `observe`."""
+    ReadCache: _aio.UnaryStreamMultiCallable[_machine_pb2.ReadCacheRequest, _machine_pb2.ReadCacheResponse]  # type: ignore[assignment]
+    """Streams keys and values of a request's positions out of the KV cache."""
+    WatchCache: _aio.UnaryStreamMultiCallable[_machine_pb2.WatchCacheRequest, _machine_pb2.WatchCacheResponse]  # type: ignore[assignment]
+    """Streams what happens to the blocks of the caller's tenant. Scope `observe`."""
+    WatchSteps: _aio.UnaryStreamMultiCallable[_machine_pb2.WatchStepsRequest, _machine_pb2.WatchStepsResponse]  # type: ignore[assignment]
+    """Streams every step of the engine: who was in it, with what, and how long its phases took. Scope `observe`."""
+    ListRequests: _aio.UnaryUnaryMultiCallable[_machine_pb2.ListRequestsRequest, _machine_pb2.ListRequestsResponse]  # type: ignore[assignment]
+    """Tells which requests of the caller's tenant wait, run, or have ended and are kept. Scope `observe`."""
+    PredictCacheHit: _aio.UnaryUnaryMultiCallable[_machine_pb2.PredictCacheHitRequest, _machine_pb2.PredictCacheHitResponse]  # type: ignore[assignment]
+    """Tells how much of a prompt the prefix cache has. Scope `observe` or `generate`."""
 
 class IntrospectionServicer(metaclass=_abc_1.ABCMeta):
-    """Reads inner values of requests, and the state of the machine. Asks for the scope `introspect`."""
+    """Reads inner values of requests, and the state of the machine. Asks for the scope `introspect` where no other is named."""
 
     @_abc_1.abstractmethod
     def ListPoints(
@@ -126,5 +155,61 @@ class IntrospectionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_introspection_pb2.EstimateResponse, _abc.Awaitable[_introspection_pb2.EstimateResponse]]:
         """Tells what a request would send and cost, and whether it would be refused, without computing it."""
+
+    @_abc_1.abstractmethod
+    def GetCacheStats(
+        self,
+        request: _machine_pb2.GetCacheStatsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_machine_pb2.GetCacheStatsResponse, _abc.Awaitable[_machine_pb2.GetCacheStatsResponse]]:
+        """Tells how full the KV cache is, and how often it helped. Scope `observe`."""
+
+    @_abc_1.abstractmethod
+    def GetBlocks(
+        self,
+        request: _machine_pb2.GetBlocksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_machine_pb2.GetBlocksResponse], _abc.AsyncIterator[_machine_pb2.GetBlocksResponse]]:
+        """Tells what each block of the caller's tenant holds, and who holds it. Scope `observe`."""
+
+    @_abc_1.abstractmethod
+    def ReadCache(
+        self,
+        request: _machine_pb2.ReadCacheRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_machine_pb2.ReadCacheResponse], _abc.AsyncIterator[_machine_pb2.ReadCacheResponse]]:
+        """Streams keys and values of a request's positions out of the KV cache."""
+
+    @_abc_1.abstractmethod
+    def WatchCache(
+        self,
+        request: _machine_pb2.WatchCacheRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_machine_pb2.WatchCacheResponse], _abc.AsyncIterator[_machine_pb2.WatchCacheResponse]]:
+        """Streams what happens to the blocks of the caller's tenant. Scope `observe`."""
+
+    @_abc_1.abstractmethod
+    def WatchSteps(
+        self,
+        request: _machine_pb2.WatchStepsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_machine_pb2.WatchStepsResponse], _abc.AsyncIterator[_machine_pb2.WatchStepsResponse]]:
+        """Streams every step of the engine: who was in it, with what, and how long its phases took. Scope `observe`."""
+
+    @_abc_1.abstractmethod
+    def ListRequests(
+        self,
+        request: _machine_pb2.ListRequestsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_machine_pb2.ListRequestsResponse, _abc.Awaitable[_machine_pb2.ListRequestsResponse]]:
+        """Tells which requests of the caller's tenant wait, run, or have ended and are kept. Scope `observe`."""
+
+    @_abc_1.abstractmethod
+    def PredictCacheHit(
+        self,
+        request: _machine_pb2.PredictCacheHitRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_machine_pb2.PredictCacheHitResponse, _abc.Awaitable[_machine_pb2.PredictCacheHitResponse]]:
+        """Tells how much of a prompt the prefix cache has. Scope `observe` or `generate`."""
 
 def add_IntrospectionServicer_to_server(servicer: IntrospectionServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

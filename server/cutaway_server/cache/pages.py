@@ -39,6 +39,19 @@ class Pages:
         """Tokens in a page."""
         return self.keys.shape[3]
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page: keys and values of every layer, and their scales."""
+        parts = (self.keys, self.values, self.key_scales, self.value_scales)
+        return sum(part.nbytes for part in parts if part is not None) // self.n_pages
+
+    def gather(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [n, kv_heads, d_head] of a layer at slots [n]: copies, as stored; fp32 if that is 8 bits."""
+        index = (slots // self.page_size, slice(None), slots % self.page_size)
+        if self.key_scales is not None:
+            return self.keys_of(layer, index), self.values_of(layer, index)
+        return self.keys[layer][index], self.values[layer][index]
+
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Copy whole pages, every layer; `source` and `target` are [n] page numbers and do not overlap."""
         for stored in (self.keys, self.values, self.key_scales, self.value_scales):

@@ -19,22 +19,22 @@ class BlockStatistics:
         self.lifetime = Histogram(BLOCK_EDGES)  # from being taken to eviction
         self.idle = Histogram(BLOCK_EDGES)  # from its last release to eviction
         self.reuse_gap = Histogram(BLOCK_EDGES)  # from its last release to being found and shared again
-        self._taken = [0.0] * n_blocks
-        self._released = [0.0] * n_blocks
+        self.taken = [0.0] * n_blocks  # when each block was last given out
+        self.released_at = [0.0] * n_blocks  # when each was last released and kept
 
     def took(self, block: int) -> None:
         """A block is given out for new contents."""
-        self._taken[block] = self.now
+        self.taken[block] = self.now
 
     def released(self, block: int) -> None:
         """A block has lost its last reference and is kept for who may ask for its contents."""
-        self._released[block] = self.now
+        self.released_at[block] = self.now
 
     def reused(self, block: int) -> None:
         """A block that nobody held is shared again."""
-        self.reuse_gap.observe(self.now - self._released[block])
+        self.reuse_gap.observe(self.now - self.released_at[block])
 
     def evicted(self, block: int) -> None:
         """A block that nobody held loses its contents."""
-        self.lifetime.observe(self.now - self._taken[block])
-        self.idle.observe(self.now - self._released[block])
+        self.lifetime.observe(self.now - self.taken[block])
+        self.idle.observe(self.now - self.released_at[block])

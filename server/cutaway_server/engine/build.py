@@ -22,6 +22,7 @@ from cutaway_server.engine.engine import Engine
 from cutaway_server.engine.memory import available_bytes, count_pages
 from cutaway_server.engine.observed import Observed
 from cutaway_server.engine.quantize import AS_IS, check_quantize, quantization, rounding_of
+from cutaway_server.engine.retained import Retained
 from cutaway_server.errors import ModelError
 from cutaway_server.kernels.cpu import DTYPES as CPU_DTYPES
 from cutaway_server.kernels.cpu import CpuKernels
@@ -94,6 +95,7 @@ def build_engine(
     pages = _pages(config, checkpoint.config, context, kv_dtype, device)
     engine = _engine(config, kernels, pages, context)
     warm_up(engine)
+    engine.retained = Retained(engine.scheduler.pool, pages.page_bytes, config.retain_bytes, config.retain_seconds)
     facts = EngineFacts(
         checkpoint.config, model_hash, n_parameters, kernels.name, WIRE_DTYPES[dtype], quantized,
         WIRE_DTYPES[kv_dtype], device.type, context, config.max_running, config.max_queued, config.max_batch_tokens,

@@ -17,7 +17,9 @@ from cutaway_server.engine.batch import BatchBuilder
 from cutaway_server.engine.looking import probe_of
 from cutaway_server.engine.observed import FORWARD, PREPARE, REPORT, SAMPLE, SCHEDULE, Observed
 from cutaway_server.engine.requests import Completion, LiveRequest
+from cutaway_server.engine.retained import Retained, Run
 from cutaway_server.engine.scoring import score
+from cutaway_server.engine.watched import Watched
 from cutaway_server.errors import CutawayError, DeadlineExceeded, EngineFailed
 from cutaway_server.model.probed import Probe
 from cutaway_server.model.transformer import Transformer
@@ -70,6 +72,8 @@ class Engine:
         self.live: dict[str, LiveRequest] = {}
         self.steps = 0
         self.observed = Observed(scheduler.max_context)
+        self.retained = Retained(scheduler.pool)
+        self.watched = Watched(scheduler)
 
     @property
     def has_work(self) -> bool:
@@ -132,6 +136,7 @@ class Engine:
         self.scheduler.pace.note(schedule.decodes, schedule.prompt_rows, time.monotonic() - begun)
         self.observed.mark(SAMPLE)
         self.observed.step(schedule)
+        self.watched.computed(schedule, self.steps)
         return events
 
     def _compute(self, schedule: Schedule, wanted: list[int], probe: Probe | None) -> torch.Tensor:
@@ -172,6 +177,7 @@ class Engine:
         for sequence, cached_tokens in schedule.started:
             live = self.live[sequence.request.request_id]
             live.started = time.monotonic()
+            live.cached_tokens = cached_tokens
             self.observed.started(live.request, cached_tokens, looked_up=self.scheduler.looks_up(live.request))
             yield live.request.request_id, Started(cached_tokens)
         for sequence in schedule.preempted:
@@ -282,10 +288,18 @@ class Engine:
         request_id = live.request.request_id
         events: Events = [(request_id, CompletionEnded(index, reason, stop))]
         if (completion := live.completions.pop(index, None)) is not None:
+            stopped = reason is FinishReason.ABORT and self.observed.has_stopped(request_id, index)
+            ended = self.retained.end(completion.sequence, FinishReason.STOP if stopped else reason)
+            if ended is not None:
+                live.ended.append(ended)
             self.scheduler.finish(completion.sequence)
         if not live.open:
             self._release(live)
-            events.append((request_id, RequestEnded(live.timings())))
+            timings = live.timings()
+            if live.ended:
+                kept = tuple(sorted(live.ended, key=lambda completion: completion.index))
+                self.retained.add(Run(live.request, kept, live.cached_tokens, timings, time.monotonic()))
+            events.append((request_id, RequestEnded(timings)))
         return events
 
     def fail(self, request_id: str, error: Exception) -> Events:
@@ -296,6 +310,8 @@ class Engine:
         if not isinstance(error, DeadlineExceeded):
             log.error("request %s failed in step %d", request_id, self.steps, exc_info=error)
         self._release(live)
+        for completion in live.ended:
+            self.retained.let_go(completion)
         told = error if isinstance(error, CutawayError) else EngineFailed("the computation of this request failed")
         return [(request_id, RequestFailed(told))]
 

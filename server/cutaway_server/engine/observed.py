@@ -128,14 +128,15 @@ class Observed:
         self.step_sequences.observe(len(schedule.work))
         self._unreported = True
 
-    def reported(self) -> None:
-        """The events of the last step are told: it is over."""
+    def reported(self) -> list[float]:
+        """The events of the last step are told: it is over. Its seconds by phase."""
         if self._unreported:
             self.mark(REPORT)
             for histogram, seconds in zip(self.phases.values(), self._spent, strict=True):
                 histogram.observe(seconds)
             self._unreported = False
-        self._spent = [0.0] * len(PHASES)
+        spent, self._spent = self._spent, [0.0] * len(PHASES)
+        return spent
 
     def arrived(self, request: Request) -> None:
         """A request is queued."""
@@ -162,6 +163,11 @@ class Observed:
         watched = self._watched.get(request_id)
         if watched is not None:
             watched.stopped.add(index)
+
+    def has_stopped(self, request_id: str, index: int) -> bool:
+        """Whether a stop text was found in completion `index`, whose abort means just that."""
+        watched = self._watched.get(request_id)
+        return watched is not None and index in watched.stopped
 
     def take(self, events: Items[tuple[str, Event]]) -> None:
         """Count what has become of requests."""

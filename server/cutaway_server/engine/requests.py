@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from cutaway_server.engine.retained import Ended
 from cutaway_server.probe.looks import Pooled
 from cutaway_server.request import Request, Timings
 from cutaway_server.sampler import SamplerState
@@ -30,6 +31,8 @@ class LiveRequest:
     prompt: Completion | None
     open: set[int]
     completions: dict[int, Completion] = field(default_factory=dict)
+    ended: list[Ended] = field(default_factory=list)  # those that are kept
+    cached_tokens: int = 0  # of the prompt, when it was first admitted
     started: float | None = None
     first_token: float | None = None
     last_token: float | None = None

@@ -7,13 +7,18 @@ import queue
 import threading
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from cutaway_server.engine.engine import Engine, Events
+from cutaway_server.engine.looks import Look, Looks
 from cutaway_server.errors import AlreadyExists, CutawayError, EngineFailed
 from cutaway_server.request import Event, Request, RequestEnded, RequestFailed
 
 log = logging.getLogger(__name__)
+
+Seen = TypeVar("Seen")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +46,13 @@ class EngineThread:
         self.engine = engine
         self._report = report
         self._on_death = on_death
-        self._inbox: queue.SimpleQueue[Request | Abort | Stop] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # guards _names and _queued
+        self._inbox: queue.SimpleQueue[Request | Abort | Look[Any] | Stop] = queue.SimpleQueue()
+        self._looks = Looks(engine)
+        self._lock = threading.Lock()  # guards _names, _queued and _ended
         self._names: set[str] = set()  # requests submitted and not ended
         self._queued = 0  # requests in the inbox
         self._failure: BaseException | None = None
+        self._ended = False
         self._untold: Events = []
         engine.before_layers = self._tell
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -94,14 +101,41 @@ class EngineThread:
         self._inbox.put(Abort(request_id, index))
         return True
 
+    def look(self, function: Callable[[Engine], Seen]) -> Future[Seen]:
+        """Have `function` called with the engine on its thread, between two steps; what it gives or raises.
+
+        It must be quick: everybody's tokens wait. From any thread, at once. EngineFailed if the engine has stopped.
+        """
+        look = Look(function)
+        with self._lock:
+            if not self._ended:
+                self._inbox.put(look)
+                return look.seen
+        look.refuse()
+        return look.seen
+
     def _run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            self._refuse_looks()
+
+    def _refuse_looks(self) -> None:
+        with self._lock:
+            self._ended = True
+        self._looks.refuse_all()
+        while not self._inbox.empty():
+            if isinstance(item := self._inbox.get(), Look):
+                item.refuse()
+
+    def _serve(self) -> None:
         try:
             while self._take_inbox():
                 events = self.engine.step()  # empties _untold
                 self._untold += events
                 if self.engine.computing:
                     self._tell()
-                self.engine.observed.reported()
+                self.engine.watched.over(events, self.engine.observed.reported())
         except BaseException as error:
             log.critical("the engine failed in step %d", self.engine.steps, exc_info=error)
             self._failure = error
@@ -112,6 +146,7 @@ class EngineThread:
 
     def _take_inbox(self) -> bool:
         """Take in what has come, waiting for it if there is nothing to do; False to stop."""
+        self._looks.make()
         while not (self._inbox.empty() and self.engine.has_work):
             if not self.engine.has_work:
                 self._tell()
@@ -119,7 +154,11 @@ class EngineThread:
             if isinstance(item, Stop):
                 self._tell()
                 return False
-            self._untold += self._take(item)
+            if isinstance(item, Look):
+                self._looks.add(item)
+            else:
+                self._untold += self._take(item)
+            self._looks.make()
         return True
 
     def _take(self, item: Request | Abort) -> Events:
@@ -144,6 +183,7 @@ class EngineThread:
         The interpreter has one lock, and native code gives it up. Told at once, the event loop would take it from
         this thread while that prepares the next step.
         """
+        self.engine.watched.flush()
         events, self._untold = self._untold, []
         if not events:
             return

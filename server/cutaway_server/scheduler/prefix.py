@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
+
 from cutaway_server.cache.blocks import ROOT, BlockPool
 from cutaway_server.request import Request
 from cutaway_server.scheduler.sequence import Sequence
@@ -32,22 +34,34 @@ class PrefixCache:
         if full > start and self.serves(sequence.request):
             self._hash(sequence, full)
             for i in range(start, full):
-                self.pool.publish(sequence.blocks[i], sequence.digests[i])
+                self.pool.publish(sequence.blocks[i], sequence.digests[i], sequence.owner)
 
     def serves(self, request: Request) -> bool:
         """Whether prompts of `request` are looked for, and kept."""
         return self.enabled and request.prefix_caching
 
     def _hash(self, sequence: Sequence, full: int) -> None:
-        """Extend the sequence's digests to its first `full` blocks.
+        """Extend the sequence's digests to its first `full` blocks."""
+        extend_digests(self.pool, sequence.digests, sequence.tokens, full, sequence.request)
 
-        The tenant salts the first; edits that of the first position whose values they change.
-        """
-        size, edits = self.pool.page_size, sequence.request.edits
-        edited = edits.first_position() if edits.changes_values else None
-        for i in range(len(sequence.digests), full):
-            parent = sequence.digests[-1] if i else ROOT
-            salt = b"" if i else sequence.request.tenant.encode()
-            if edited is not None and edited // size == i:
-                salt += b"\0" + edits.salt  # no tenant's name has a zero
-            sequence.digests.append(self.pool.chain(parent, sequence.tokens[i * size : (i + 1) * size], salt))
+
+def extend_digests(pool: BlockPool, digests: list[bytes], tokens: Items[int], full: int, request: Request) -> None:
+    """Extend the digests of a request's tokens to those of the first `full` blocks.
+
+    The tenant salts the first; edits that of the first position whose values they change.
+    """
+    size, edits = pool.page_size, request.edits
+    edited = edits.first_position() if edits.changes_values else None
+    for i in range(len(digests), full):
+        parent = digests[-1] if i else ROOT
+        salt = b"" if i else request.tenant.encode()
+        if edited is not None and edited // size == i:
+            salt += b"\0" + edits.salt  # no tenant's name has a zero
+        digests.append(pool.chain(parent, tokens[i * size : (i + 1) * size], salt))
+
+
+def digests_of(pool: BlockPool, request: Request) -> list[bytes]:
+    """The digests of all full blocks of a request's prompt. Safe from any thread."""
+    digests: list[bytes] = []
+    extend_digests(pool, digests, request.prompt, len(request.prompt) // pool.page_size, request)
+    return digests

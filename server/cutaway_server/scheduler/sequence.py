@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cutaway_server.cache.events import Owner
 from cutaway_server.request import Request
 
 
@@ -17,7 +18,7 @@ class Sequence:
 
     request: Request
     index: int
-    order: tuple[int, int]  # arrival number and index: the smaller, the older
+    order: tuple[int, int, int]  # priority (turned round), arrival number, index: the smaller, the sooner
     tokens: list[int]  # prompt and output
     slots: int = 1  # completions it stands for: `sampling.n` until it is forked
     blocks: list[int] = field(default_factory=list)  # grows in place; any other change is a new list
@@ -29,6 +30,10 @@ class Sequence:
     promised: bool = False  # its last token is being drawn: the place is taken, what it is is not known yet
     preemptions: int = 0
     digests: list[bytes] = field(default_factory=list)  # of its full blocks; grows with the tokens
+    owner: Owner = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.owner = Owner(self.request.tenant, self.request.request_id, self.index)
 
     @property
     def prompt_length(self) -> int:

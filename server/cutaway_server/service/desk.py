@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+from cutaway_server.engine.engine import Engine
 from cutaway_server.errors import AlreadyExists, Draining, EngineFailed, NotFound
 from cutaway_server.request import Event, Request, RequestEnded, RequestFailed
 from cutaway_server.service.reply import Reply
 
 log = logging.getLogger(__name__)
+
+Seen = TypeVar("Seen")
 
 
 class Backend(Protocol):
@@ -24,6 +28,9 @@ class Backend(Protocol):
 
     def abort(self, request_id: str, index: int | None = None) -> bool:
         """End a request, or one completion of it."""
+
+    def look(self, function: Callable[[Engine], Seen]) -> Future[Seen]:
+        """Have `function` called with the engine between two steps."""
 
 
 class Desk:
@@ -58,7 +65,7 @@ class Desk:
         Raises:
             AlreadyExists: it has one of that name.
         """
-        name = _full_name(tenant, request_id)
+        name = full_name(tenant, request_id)
         self._refuse_second(name, request_id)
         self._arriving[name] = False
         try:
@@ -77,7 +84,7 @@ class Desk:
         Raises:
             Draining, EngineFailed, AlreadyExists, QueueFull, InvalidField: it is not taken.
         """
-        name, sampling = _full_name(request.tenant, request.request_id), request.sampling
+        name, sampling = full_name(request.tenant, request.request_id), request.sampling
         reply = self._open(name, request, make)
         log.info("request %s: %d prompt tokens, n=%d", name, len(request.prompt), sampling.n)
         try:
@@ -116,7 +123,7 @@ class Desk:
         Raises:
             NotFound: it has none of that name.
         """
-        name = _full_name(tenant, request_id)
+        name = full_name(tenant, request_id)
         if "/" not in request_id and name in self._arriving:
             self._arriving[name] = True
         elif "/" in request_id or name not in self._replies or not self._engine.abort(name):
@@ -179,5 +186,6 @@ class Desk:
             self._engine.abort(name)
 
 
-def _full_name(tenant: str, request_id: str) -> str:
+def full_name(tenant: str, request_id: str) -> str:
+    """The name by which the engine knows a tenant's request."""
     return f"{tenant}/{request_id}" if tenant else request_id  # neither has a slash

@@ -20,6 +20,7 @@ from cutaway_server.service.asking import Limits, ask, name_of
 from cutaway_server.service.caller import Caller, Scope, current
 from cutaway_server.service.describing import started
 from cutaway_server.service.desk import Desk
+from cutaway_server.service.quotas import Quotas
 from cutaway_server.service.reply import Asked, Reply
 from cutaway_server.service.status import Context, Loading, PermissionDenied
 from cutaway_server.service.workers import Workers
@@ -42,11 +43,12 @@ class Served:
 class Generation:
     """Computes requests. `served` is set when the model is ready; until then calls are UNAVAILABLE."""
 
-    def __init__(self, desk: Desk, workers: Workers, config: Config) -> None:
+    def __init__(self, desk: Desk, workers: Workers, config: Config, quotas: Quotas) -> None:
         self.served: Served | None = None
         self._desk = desk
         self._workers = workers
         self._config = config
+        self._quotas = quotas
         self._held = 0  # bytes that captures of requests at work may come to
 
     def ready(self) -> Served:
@@ -74,9 +76,7 @@ class Generation:
         """
         served, call = self.ready(), current()
         check_scopes(request, call.caller)
-        work = partial(
-            ask, request, served.text, limits or self.limits(), time.monotonic(), deadline, call.caller.tenant
-        )
+        work = partial(ask, request, served.text, limits or self.limits(), time.monotonic(), deadline, call.caller)
         return await self._workers.run(work, request.ByteSize())
 
     async def work(self, function: Callable[[], R]) -> R:
@@ -126,7 +126,12 @@ class Generation:
             if self._config.log_prompts:
                 log.info("request %s: prompt %r", call.request_id, served.text.decode(asked.request.prompt))
             make = partial(Reply, asked, started(served.facts), self._config.max_backlog)
-            with self._holding(asked.capture_bytes), self._desk.stream(asked.request, make) as reply:
+            size = asked.capture_bytes
+            with (
+                self._quotas.captures(call.caller, size),
+                self._holding(size),
+                self._desk.stream(asked.request, make) as reply,
+            ):
                 yield reply
 
     @contextmanager

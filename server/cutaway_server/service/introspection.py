@@ -8,7 +8,6 @@ from functools import partial
 
 from cutaway.v1 import capture_pb2, inference_pb2
 from cutaway.v1 import introspection_pb2 as v1
-from cutaway.v1.introspection_pb2_grpc import IntrospectionServicer
 
 from cutaway_server.architecture import ModelConfig
 from cutaway_server.errors import InvalidField, OverBudget
@@ -27,8 +26,8 @@ BYTES = 4  # of an F32
 ENDLESS = 2**63
 
 
-class Introspection(IntrospectionServicer):
-    """The servicer, for `methods_of`."""
+class Introspection:
+    """The methods that compute, for `methods_of`."""
 
     def __init__(self, generation: Generation) -> None:
         self._generation = generation
@@ -39,19 +38,19 @@ class Introspection(IntrospectionServicer):
         points = [_point(point, facts.config) for point in points_of(facts.config)]
         return v1.ListPointsResponse(points=points, model_hash=facts.model_hash)
 
-    async def Trace(self, request: v1.TraceRequest, context: Context) -> None:  # type: ignore[override]
+    async def Trace(self, request: v1.TraceRequest, context: Context) -> None:
         """Stream what a request captures."""
         asked = of_the_prompt(request.generate)
         await self._generation.stream(asked, context, lambda event: v1.TraceResponse(event=event))
 
-    async def GetHiddenStates(self, request: v1.GetHiddenStatesRequest, context: Context) -> None:  # type: ignore[override]
+    async def GetHiddenStates(self, request: v1.GetHiddenStatesRequest, context: Context) -> None:
         """Stream the residual stream."""
         asked = without_captures(request.generate)
         for capture in self._between_layers(request, asked):
             capture.dtype = request.dtype
         await self._generation.stream(asked, context, lambda event: v1.GetHiddenStatesResponse(event=event))
 
-    async def LogitLens(self, request: v1.LogitLensRequest, context: Context) -> None:  # type: ignore[override]
+    async def LogitLens(self, request: v1.LogitLensRequest, context: Context) -> None:
         """Stream what each layer's residual predicts."""
         asked = without_captures(request.generate)
         for capture in self._between_layers(request, asked):
@@ -77,7 +76,7 @@ class Introspection(IntrospectionServicer):
             capture.positions.CopyFrom(request.positions)
         return made
 
-    async def GetAttention(self, request: v1.GetAttentionRequest, context: Context) -> None:  # type: ignore[override]
+    async def GetAttention(self, request: v1.GetAttentionRequest, context: Context) -> None:
         """Stream attention patterns."""
         asked = without_captures(request.generate)
         capture = asked.captures.add(point="blocks.*.attn.hook_pattern", keys=request.keys, dtype=request.dtype)

@@ -17,10 +17,13 @@ MAKERS = {  # by whether requests, and responses, are streams
 
 
 def methods_of(
-    service: ServiceDescriptor, servicer: object, name: str | None = None
+    service: ServiceDescriptor, *servicers: object, name: str | None = None
 ) -> grpc.GenericRpcHandler[bytes, Message]:
-    """The methods of `service`, each behind `answering`; called by `name`, where that is another."""
-    handlers = {method.name: _handler(method, servicer) for method in service.methods}
+    """The methods of `service`, each of the first servicer that has it, behind `answering`; called by `name`."""
+    handlers = {
+        method.name: _handler(method, next(servicer for servicer in servicers if hasattr(servicer, method.name)))
+        for method in service.methods
+    }
     return grpc.method_handlers_generic_handler(name or service.full_name, handlers)
 
 

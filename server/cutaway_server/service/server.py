@@ -25,9 +25,11 @@ from cutaway_server.service.generation import Generation, Served
 from cutaway_server.service.health import Health, first_of
 from cutaway_server.service.inference import Inference
 from cutaway_server.service.introspection import Introspection
+from cutaway_server.service.machine import Machine
 from cutaway_server.service.methods import methods_of
 from cutaway_server.service.metrics import Metrics
 from cutaway_server.service.probes import probes
+from cutaway_server.service.quotas import Quotas
 from cutaway_server.service.reflection import V1, V1ALPHA, Reflection
 from cutaway_server.service.tls import Certificates
 from cutaway_server.service.workers import Workers
@@ -57,24 +59,26 @@ class Server:
         self._config = config
         self._workers = Workers(config.tokenizer_threads, config.max_running + config.max_queued)
         self.desk = Desk(asyncio.get_running_loop())
-        self._generation = Generation(self.desk, self._workers, config)
+        self.quotas = Quotas()
+        self._generation = Generation(self.desk, self._workers, config, self.quotas)
+        self._machine = Machine(self._generation, self._workers, config)
         self._health = Health(("", INFERENCE.full_name, INTROSPECTION.full_name))
         self.metrics = Metrics(config)
         self._credentials = CredentialStore(config.api_keys) if config.api_keys is not None else None
         self._tls = _tls(config)
         self._audit = AuditLog(config.audit_log) if config.audit_log is not None else None
         self._grpc = grpc.aio.server(
-            interceptors=[self.metrics.calls, Gate(self._credentials, self._audit)],
+            interceptors=[self.metrics.calls, Gate(self._credentials, self._audit, self.quotas)],
             options=bounds.options(config),
             maximum_concurrent_rpcs=bounds.most_calls(config),
         )
         reflection = Reflection([INFERENCE.full_name, INTROSPECTION.full_name, HEALTH.full_name])
         parts = [
             methods_of(INFERENCE, Inference(self.desk, self._workers, config, self._generation)),
-            methods_of(INTROSPECTION, Introspection(self._generation)),
+            methods_of(INTROSPECTION, Introspection(self._generation), self._machine),
             methods_of(HEALTH, self._health),
             methods_of(V1ALPHA, reflection),
-            methods_of(V1ALPHA, reflection, V1),
+            methods_of(V1ALPHA, reflection, name=V1),
         ]
         self._grpc.add_generic_rpc_handlers(parts)
         self._probed: grpc.aio.Server | None = None
@@ -109,6 +113,7 @@ class Server:
         """Take requests from now on."""
         self.desk.connect(backend)
         self._generation.served = Served(facts, text)
+        self._machine.connect(backend)
         await self._tell(serving=True)
 
     async def drain(self, *cuts: asyncio.Event) -> None:
@@ -121,11 +126,13 @@ class Server:
         """End what still runs, and whatever comes, with `error`."""
         self.desk.refuse(error)
         self.desk.end_all(error)
+        self._machine.watchers.end(error)
         await self._tell(serving=False)
 
     async def stop(self) -> None:
         """Close: calls that are over get a moment to say so."""
         self._health.end_watches()
+        self._machine.watchers.end(Draining("the server is going down"))
         await self._grpc.stop(FAREWELL_SECONDS)
         if self._probed is not None:
             await self._probed.stop(0)

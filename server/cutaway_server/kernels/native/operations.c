@@ -68,7 +68,10 @@ static void add_together(
     float *added, const OpenNorm *open) {
     const int64_t threads = threads_for(shape, work_of(w, rows));
     Buffers b = new_buffers(shape, &w, 1, rows, threads);
-    TOGETHER(threads, add_product(team, shape, w, post, x, residual, rows, out, added, open, &b));
+    TOGETHER(threads, {
+        Operand operand = prepare(team, shape, &NO_NORM, w, x, rows, &b, 0);
+        add_product(team, shape, w, post, &operand, residual, rows, out, added, open, &b);
+    });
     free(b.memory);
 }
 
@@ -90,7 +93,7 @@ OPERATION(mlp_input)(
     const Matrix *w = &layer->mlp_in;
     const int64_t threads = threads_for(shape, work_of(w, rows));
     Buffers b = new_buffers(shape, &w, 1, rows, threads);
-    TOGETHER(threads, mlp_input_body(team, shape, layer, rows, residual, out, pre, linear, open, &b));
+    TOGETHER(threads, mlp_input_body(team, shape, layer, rows, residual, out, 0, pre, linear, open, &b));
     free(b.memory);
 }
 

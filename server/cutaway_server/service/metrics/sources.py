@@ -10,6 +10,7 @@ from cutaway_server.config import Config
 from cutaway_server.engine.build import EngineFacts
 from cutaway_server.engine.engine import Engine
 from cutaway_server.engine.footprint import tensor_bytes
+from cutaway_server.engine.machine import empty_positions
 from cutaway_server.engine.observed import Observed
 from cutaway_server.engine.thread import EngineThread
 from cutaway_server.scheduler import Sequence
@@ -79,13 +80,8 @@ class Sources:
 
     def fragmentation(self) -> float:
         """The share of the positions in blocks that requests hold that hold nothing (yet). 0 if none are held."""
-        size = self.pool.page_size
-        empty: dict[int, int] = {}  # by block: forks share one that is half full
-        for sequence in self.engine.scheduler.running.copy():
-            stored, blocks = sequence.stored, sequence.blocks
-            for i in range(stored // size, len(blocks)):
-                empty[blocks[i]] = min(size, (i + 1) * size - stored)
-        return min(1.0, sum(empty.values()) / max(1, self.blocks()["used"] * size))
+        empty = empty_positions(self.engine.scheduler.running.copy(), self.pool.page_size)
+        return min(1.0, empty / max(1, self.blocks()["used"] * self.pool.page_size))
 
 
 def _requests(sequences: list[Sequence]) -> set[str]:

@@ -1,0 +1,15 @@
+"""`cutaway inspect`: what is inside the server, drawn in the terminal."""
+
+from __future__ import annotations
+
+import click
+
+from cutaway.cli.cache import cache
+
+
+@click.group()
+def inspect() -> None:
+    """Look inside the server."""
+
+
+inspect.add_command(cache)
