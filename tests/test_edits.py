@@ -286,6 +286,18 @@ def test_generation_is_steered_from_the_position_on_and_cached_apart(served: Sim
     assert other.usage.cached_tokens == 16, "what comes before the edit is shared"
 
 
+def test_pages_of_rows_that_another_request_did_not_edit_are_not_taken_for_edited_ones(served: SimpleNamespace) -> None:
+    edit = Edit.add("resid_post.0", VECTOR, positions="prompt")
+    options = {"temperature": 0, "ignore_eos": True, "edits": [edit]}
+    first = served.client.complete(token_ids=IDS, max_tokens=60, **options)
+    longer = [*IDS, *first.token_ids[:50]]
+    cached = served.client.trace(token_ids=longer, points=["logits"], edits=[edit], positions="last")
+    fresh = served.client.trace(
+        token_ids=longer, points=["logits"], edits=[edit], positions="last", prefix_caching=False
+    )
+    assert np.array_equal(cached["logits"].values, fresh["logits"].values)
+
+
 def test_a_sampled_token_is_overridden(served: SimpleNamespace) -> None:
     options = {"token_ids": IDS, "max_tokens": 5, "temperature": 0, "ignore_eos": True, "logprobs": 0}
     plain = served.client.complete(**options)
