@@ -48,7 +48,16 @@ OBSERVERS_MAY = {
 }
 LOOKERS_MAY = {
     INTROSPECTION + name
-    for name in ("ListPoints", "Trace", "GetHiddenStates", "GetAttention", "LogitLens", "Estimate", "ReadCache")
+    for name in (
+        "ListPoints",
+        "Trace",
+        "GetHiddenStates",
+        "GetAttention",
+        "LogitLens",
+        "SelfCheck",
+        "Estimate",
+        "ReadCache",
+    )
 }
 MAY = {
     **dict.fromkeys(ALL_MAY, EVERY_SCOPE),
