@@ -13,6 +13,7 @@ import grpc
 import pytest
 from cutaway.v1 import capture_pb2, machine_pb2
 from cutaway.v1 import introspection_pb2 as inside
+from cutaway.v1.inference_pb2_grpc import InferenceStub
 from cutaway_server import errors
 from cutaway_server.config import Config
 from cutaway_server.service import status
@@ -258,6 +259,16 @@ def test_kept_requests_are_told_as_the_cache_tells_them(live: LiveServer, channe
     assert now("cutaway_retained_bytes") == told.blocks_retained * told.block_bytes > 0
 
 
+def test_what_the_server_captures_for_its_own_answer_is_cost_too(live: LiveServer, channel: grpc.Channel) -> None:
+    seen = Seen()
+    [told] = seen.call(channel, "SelfCheck", inside.SelfCheckRequest(generate=asking(PROMPT)))
+    assert told.holds
+    now = settled(live)
+    assert now.by("cutaway_introspection_sent_bytes_total", "rpc") == dict(seen.answered_bytes)
+    assert now("cutaway_captured_rows_total") % len(PROMPT) == 0
+    assert now("cutaway_captured_bytes_total") > now("cutaway_captured_rows_total") > 0
+
+
 def test_before_a_model_is_loaded_calls_are_counted_and_refused_as_unavailable() -> None:
     async def refused() -> Scrape:
         server = Server(Config(listen="127.0.0.1:0", metrics_listen="127.0.0.1:0"))
@@ -266,13 +277,16 @@ def test_before_a_model_is_loaded_calls_are_counted_and_refused_as_unavailable()
             async with grpc.aio.insecure_channel(address) as channel:
                 with pytest.raises(grpc.RpcError):
                     await channel.unary_unary(f"/{SERVICE.full_name}/ListPoints")(b"")
+                for asked in (looking(PROMPT, capture("logits")), asking(PROMPT)):
+                    with pytest.raises(grpc.RpcError):
+                        await InferenceStub(channel).Generate(asked).read()
             return await asyncio.to_thread(scrape, server.metrics.address)
         finally:
             await server.stop()
 
     now = asyncio.run(refused())
     assert now.by("cutaway_introspection_requests_total", "rpc") == {"ListPoints": 1}
-    assert now.by("cutaway_introspection_refused_total", "reason") == {"unavailable": 1}
+    assert now.by("cutaway_introspection_refused_total", "reason") == {"unavailable": 2}
     assert {s.labels["rpc"] for s in now.samples if s.name == "cutaway_introspection_requests_total"} == set(
         RPCS.values()
     )
