@@ -152,3 +152,8 @@ def test_names_end_as_prometheus_asks() -> None:
         assert re.fullmatch(r"cutaway_[a-z_]+", spec.name)
         assert (spec.kind == "counter") == spec.name.endswith("_total")
         assert spec.name.removesuffix("_total").endswith(units.get(spec.unit, "")), spec.name
+
+
+def test_kubernetes_gets_every_dashboard() -> None:
+    made = yaml.safe_load((DEPLOY / "grafana" / "kustomization.yaml").read_text())["configMapGenerator"][0]["files"]
+    assert made == [f"dashboards/{path.name}" for path in DASHBOARDS]
