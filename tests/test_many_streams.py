@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -171,8 +172,11 @@ def withstand(tmp_path: Path, seconds: float) -> tuple[Watch, Counter[str], floa
     return watch, seen, min(times)
 
 
-def test_500_streams_for_a_few_seconds(tmp_path: Path) -> None:
+def test_500_streams_for_a_few_seconds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, seen, _ = withstand(tmp_path, 4.0)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR], (
+        "clients that leave are no error"
+    )
     assert sum(count for name, count in seen.items() if ":" in name) >= STREAMS
 
 

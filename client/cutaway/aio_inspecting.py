@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar, Unpack, overload
 from cutaway import looking
 from cutaway.errors import InvalidArgument
 from cutaway.looking import AttentionOptions, HiddenStatesOptions, LensOptions, Prompt, TraceOptions
-from cutaway.results import Estimate, LensResult, Point
+from cutaway.results import Estimate, LensResult, Point, SelfCheck
 from cutaway.v1 import introspection_pb2 as pb
 
 if TYPE_CHECKING:
@@ -114,6 +114,11 @@ class AsyncInspecting:
             return looking.lens_result(await self._calls.read(method, request, options.get("timeout")))
 
         return await _each(one, prompt, prompts)
+
+    async def self_check(self, prompt: Prompt | None = None, *, timeout: float | None = None) -> SelfCheck:
+        """Test on a prompt what must hold of the served model's inner values."""
+        request = looking.self_check_request(prompt, timeout)
+        return looking.self_check(await self._calls.ask(self._calls.introspection.SelfCheck, request, timeout))
 
     async def estimate(self, prompt: Prompt | None = None, **options: Unpack[TraceOptions]) -> Estimate:
         """Tell what a `trace` (or `generate` with these captures) would send, without computing it."""

@@ -303,3 +303,28 @@ class LensResult:
     logprobs: Array | None
     given_logprobs: Array | None  # of the tokens that were named
     given_ranks: Array | None  # 0 is the likeliest
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Something that must hold of inner values; `error` is the largest found, `tolerance` what the dtype may cause."""
+
+    name: str
+    description: str
+    error: float
+    tolerance: float
+    holds: bool
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SelfCheck:
+    """What was tested on the served model, and whether it holds."""
+
+    holds: bool
+    identities: tuple[Identity, ...]
+    model_hash: str
+    kernels: str
+    dtype: str
+    quantization: str
+    prompt_tokens: int

@@ -44,6 +44,7 @@ METHODS: Mapping[str, frozenset[Scope]] = {
     INTROSPECTION + "GetHiddenStates": INTROSPECT,
     INTROSPECTION + "GetAttention": INTROSPECT,
     INTROSPECTION + "LogitLens": INTROSPECT,
+    INTROSPECTION + "SelfCheck": INTROSPECT,
     INTROSPECTION + "Estimate": INTROSPECT,
     INTROSPECTION + "GetCacheStats": OBSERVE,
     INTROSPECTION + "GetBlocks": OBSERVE,

@@ -111,7 +111,8 @@ class Machine:
         """Look for a prompt in the prefix cache."""
         asked = (await self._generation.ask(request.generate)).request
         pool = await self._look(lambda engine: engine.scheduler.pool)
-        digests = await self._workers.run(partial(digests_of, pool, asked)) if asked.prefix_caching else []
+        hashing = partial(digests_of, pool, asked)
+        digests = await self._workers.run(hashing) if asked.prefix_caching else []
         found = await self._look(cached_prefix(digests))
         n_tokens, size = len(asked.prompt), pool.page_size
         return v1.PredictCacheHitResponse(
