@@ -57,6 +57,7 @@ LOOKERS_MAY = {
         "SelfCheck",
         "Estimate",
         "ReadCache",
+        "ReplaySample",
     )
 }
 MAY = {

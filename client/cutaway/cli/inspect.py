@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from cutaway.cli.cache import cache
+from cutaway.cli.sample import sample
 
 
 @click.group()
@@ -13,3 +14,4 @@ def inspect() -> None:
 
 
 inspect.add_command(cache)
+inspect.add_command(sample)
