@@ -223,6 +223,23 @@ def _described(array: Array) -> str:
 class Arrays(dict[str, "Array"]):
     """Arrays by canonical name; `save` writes them all as one safetensors file."""
 
+    def stacked(self, name: str) -> Array:
+        """The arrays of several layers as one, `layer` its first axis: `seen.stacked("blocks.*.hook_resid_post")`.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        before, star, after = name.partition("*")
+        layers = {
+            int(key[len(before) : len(key) - len(after)]): array
+            for key, array in self.items()
+            if key.startswith(before) and key.endswith(after) and key[len(before) : len(key) - len(after)].isdigit()
+        }
+        if not star or not layers:
+            raise KeyError(f"{name!r} must have a * for the layer; there are {', '.join(self) or 'none'}")
+        several = [layers[layer] for layer in sorted(layers)]
+        return _stacked(several, name, tuple(sorted(layers)))
+
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
         save_arrays(self, path)
@@ -232,6 +249,14 @@ class Arrays(dict[str, "Array"]):
         from cutaway.notebook import arrays_html
 
         return arrays_html(self)
+
+
+def _stacked(several: Sequence[Array], name: str, layers: tuple[int, ...]) -> Array:
+    first = several[0]
+    values = np.stack([array.values for array in several])
+    parts = {part: _stacked([array.parts[part] for array in several], name, layers) for part in first.parts}
+    at = {"layer": layers, **first.at}
+    return replace(first, values=values, axes=("layer", *first.axes), name=name, at=at, parts=parts)
 
 
 def joined(pieces: Sequence[Array], fill: float) -> Array:

@@ -48,7 +48,7 @@ class Capture:
     norm: bool = False  # Euclidean norm over the last axis
     project: ArrayLike | None = None  # scalar products with these vectors
     sum_keys: bool = False  # the sum of a pattern over each span of `keys`
-    head_summary: bool = False  # entropy, mass on the first and the previous token, induction score, mean distance
+    head_summary: bool = False  # the numbers that SUMMARY names, of each head and query
     lens: int | None = None  # a residual read as predictions: so many of the likeliest tokens
     lens_tokens: Iterable[int] = ()  # and the log-probability and rank of these
     after_edits: bool = False  # see the value as the request's own edits of the same point leave it
@@ -87,6 +87,9 @@ class Capture:
                 getattr(made, name).SetInParent()
 
 
+# Places on the axis `summary`: entropy in nats, mass on the first and on the previous token, mass on tokens that have
+# followed earlier occurrences of the query's own (induction), and how far back the mass lies in the mean.
+SUMMARY = ("entropy", "first", "previous", "induction", "distance")
 REDUCTIONS = ("top_k", "pool", "norm", "project", "sum_keys", "head_summary", "lens")
 
 

@@ -42,16 +42,13 @@ def hidden(
         every = point if "*" in point else f"{point}.*"
         capture = Capture(every, norm=True, layers=layers, heads=head)
         seen = client.trace(ask.prompt, captures=[capture])
-    found = list(seen.values())
-    if found[0].ndim > 1 and head is None:
+    [first, *_] = seen.values()
+    if first.ndim > 1 and head is None:
         raise click.UsageError(f"--point: {point} has heads; choose one with --head")
-    at = {"layer": tuple(int(array.name.split(".")[1]) for array in found), "pos": found[0].at["pos"]}
-    values = np.stack([array.values.reshape(array.shape[0]) for array in found])
-    name = found[0].name.split(".", 2)[2]
-    title = f"length of {name}" + ("" if head is None else f" of head {head}")
-    array = replace(found[0], values=values, axes=("layer", "pos"), at=at, name=f"blocks.*.{name}")
-    array = array.labelled(ask.tokens)
-    shortest = values[values > 0].min(initial=np.inf)
+    array = seen.stacked(f"blocks.*.{first.name.split('.', 2)[2]}").labelled(ask.tokens)
+    title = f"length of {array.name.removeprefix('blocks.*.')}" + ("" if head is None else f" of head {head}")
+    array = array if head is None else array.sel(head=array.at["head"][0])
+    shortest = array.values[array.values > 0].min(initial=np.inf)
     with np.errstate(divide="ignore"):  # a vector of zeros has no colour
-        powers = replace(array, values=np.log10(values / shortest))
+        powers = replace(array, values=np.log10(array.values / shortest))
     show(array, names(array, "layer"), f"{title}: log10(length / {shortest:.4g})", png, as_json, powers)
