@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
+CUDA = ("nvidia-", "cuda-")  # libraries that torch brings where it is not the CPU's, at versions of its own
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 ASKED = [
     *PROJECT["build-system"]["requires"],
@@ -39,6 +40,8 @@ def closure() -> list[tuple[str, Requirement]]:
     found, open_ones, seen = [], [("pyproject.toml", one) for one in wanted(ASKED)], set()
     while open_ones:
         by, one = open_ones.pop()
+        if one.name.startswith(CUDA):
+            continue
         found.append((by, one))
         key = (canonicalize_name(one.name), frozenset(one.extras))
         if key in seen:

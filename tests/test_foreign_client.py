@@ -45,7 +45,7 @@ def test_a_go_client_learns_the_contract_by_reflection_and_streams(version: str,
     base, service = f"http://{tiny.address}", "cutaway.v1.Inference"
     listed = set(buf_curl(base, version, {}, "--list-services").split())
     reflections = {f"grpc.reflection.{name.removeprefix('grpc-')}.ServerReflection" for name in REFLECTIONS}
-    assert listed == {service, "grpc.health.v1.Health"} | reflections
+    assert {service, "grpc.health.v1.Health"} | reflections <= listed
     methods = buf_curl(base, version, {}, "--list-methods").split()
     assert {f"{service}/Generate", *(f"{name}/ServerReflectionInfo" for name in reflections)} <= {*methods}
     said = {"tokenIds": {"ids": [40, 41, 42]}, "sampling": {"temperature": 0, "maxTokens": 5, "ignoreEos": True}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -311,3 +312,31 @@ def test_capture_memory_is_shared_and_given_back(tmp_path: Path) -> None:
         first.close()
         assert eventually(lambda: live.server._generation._held == 0)
         assert client.trace("Hi", points=["logits"])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt2", "olmo2", "phi3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_server_proves_itself(family: str, dtype: str, tmp_path: Path) -> None:
+    tiny.save_tiny(family, tmp_path)
+    with serving(tmp_path, dtype=dtype, max_batch_tokens=16, max_running=8) as live, Client(live.address) as client:
+        told = client.self_check()
+        assert told.holds, [each for each in told.identities if not each.holds]
+        assert told.prompt_tokens == 24
+        assert len(told.identities) >= 9
+        assert sum(each.exact for each in told.identities) == 4
+        assert client.self_check("The capital of France").holds
+        with pytest.raises(InvalidArgument, match="must have 2 to 256"):
+            client.self_check([5])
+
+
+def test_a_fault_is_found_by_the_self_check(served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = served.live.engine.model.kernels
+    open_it = kernels.open_mlp_output
+
+    def faulty(layer: int, hidden: torch.Tensor, residual: torch.Tensor) -> object:
+        added = open_it(layer, hidden, residual)
+        return replace(added, added=added.added * 1.0001)
+
+    monkeypatch.setattr(kernels, "open_mlp_output", faulty)
+    told = served.client.self_check()
+    assert [each.name for each in told.identities if not each.holds] == ["mlp_is_added"]

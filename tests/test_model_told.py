@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
-from cutaway import Client, InvalidArgument, Limits, Model, ResourceExhausted
+from cutaway import Capture, Client, Edit, InvalidArgument, Limits, Model, ResourceExhausted
 from cutaway.cli import main
 from secured import write_keys
 from serving import LiveServer, serving
@@ -28,7 +29,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def key(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     file = tmp_path_factory.mktemp("keys") / "keys.toml"
-    made = write_keys(file, {"ann": (["generate"], "physics")}, '\n[[tenant]]\nname = "physics"\nmax_calls = 3\n')
+    made = write_keys(
+        file,
+        {"ann": (["generate", "introspect", "edit"], "physics")},
+        '\n[[tenant]]\nname = "physics"\nmax_calls = 3\n',
+    )
     return str(file), made["ann"]
 
 
@@ -69,6 +74,8 @@ HELD: dict[str, tuple[str, Ask]] = {
     "max_bad_word_bytes": ("sampling.bad_words", lambda c, n: short(c, bad_words=[("the harbour " * 99)[:n]])),
     "max_bad_word_tokens": ("sampling.bad_words", lambda c, n: short(c, bad_words=["\x00" * (n - 1)])),
     "max_logit_biases": ("sampling.logit_bias", lambda c, n: short(c, logit_bias={7 + i: 1.0 for i in range(n)})),
+    "max_captures": ("captures", lambda c, n: short(c, captures=[Capture("ln_final.hook_scale")] * n)),
+    "max_edits": ("edits", lambda c, n: short(c, edits=[Edit.zero("blocks.0.hook_attn_out")] * n)),
     "max_detokenized": ("token_ids", lambda c, n: c.detokenize([4] * n)),
 }  # fmt: skip
 
@@ -108,7 +115,7 @@ def test_larger_messages_and_more_calls_than_told_are_refused(client: Client, to
 def test_every_limit_of_the_wire_is_told_and_has_a_test(told: Model) -> None:
     tested = {*HELD, "max_message_bytes", "max_calls"}
     of_the_server = {"max_running", "max_queued", "max_batch_tokens", "page_size", "total_pages", "max_answer_bytes"}
-    elsewhere = {"max_backlog_bytes", "max_streams"}  # the tests of wrong input and of abuse
+    elsewhere = {"max_backlog_bytes", "max_streams", "max_capture_bytes"}  # where slow readers, abuse, captures are
     assert {*Limits.__annotations__} == tested | of_the_server | elsewhere
     assert all(getattr(told.limits, name) for name in Limits.__annotations__)
     assert (told.limits.max_streams, told.limits.max_n) == (17, 16)
@@ -123,6 +130,15 @@ def test_what_the_cache_and_the_weights_hold_is_told_by_the_model_and_by_every_s
     shown = CliRunner().invoke(main, ["--address", live.address, "--api-key", key[1], "model"]).output
     for line in ("not rounded", "tokens in I8", "400 bytes of text", "3,145,728 bytes", "17 on a connection, 3 in all"):
         assert line in shown
+
+
+def test_patterns_over_rounded_pages_are_those_of_the_attention_that_ran(client: Client) -> None:
+    wanted = [Capture("blocks.*.attn.hook_pattern")]
+    with client.generate(token_ids=[*range(40, 60)], max_tokens=3, ignore_eos=True, captures=wanted) as stream:
+        list(stream)
+    arrays = [np.asarray(array) for array in stream.captures.values()]
+    assert arrays
+    assert all(abs(array.sum(-1) - 1).max() < 1e-4 for array in arrays)
 
 
 def test_a_server_without_keys_tells_no_limit_of_calls(tiny: Path) -> None:

@@ -29,9 +29,11 @@ def request_for(
     prompt_logprobs: int | None = None,
     prefix_caching: bool = True,
     name: str = "r",
+    priority: int = 0,
+    share: float = 1.0,
 ) -> Request:
     sampling = SamplingParams(seed=0, max_tokens=max_tokens, n=n, prompt_logprobs=prompt_logprobs)
-    return Request(name, tuple(prompt), sampling, 0.0, deadline, tenant, prefix_caching)
+    return Request(name, tuple(prompt), sampling, 0.0, deadline, tenant, prefix_caching, priority=priority, share=share)
 
 
 def scheduler_with(capacity: int = 64, page_size: int = 4, **limits: float) -> Scheduler:
@@ -219,6 +221,8 @@ def arrivals(draw: st.DrawFn, longest: int) -> Arrival:
         deadline=draw(st.sampled_from([None, None, None, None, step + 1.5, step + 7.5])),
         prompt_logprobs=draw(st.sampled_from([None, None, 0])),
         prefix_caching=draw(st.sampled_from([True, True, True, False])),
+        priority=draw(st.sampled_from([0, 0, 0, 1])),
+        share=draw(st.sampled_from([1.0, 1.0, 0.25])),
     )
     return Arrival(step, request, draw(st.sampled_from([None, None, None, None, step, step + 2, step + 6])))
 
@@ -253,7 +257,9 @@ def test_every_completion_gets_exactly_its_own_tokens_whatever_happens_around_it
 
 def check_outcome(engine: Engine, page_size: int) -> None:
     assert set(engine.ended) == set(engine.all)
-    assert [s.order for s in engine.started] == sorted(s.order for s in engine.started), "first come, first served"
+    for line in {(s.request.tenant, s.request.priority) for s in engine.started}:
+        orders = [s.order for s in engine.started if (s.request.tenant, s.request.priority) == line]
+        assert orders == sorted(orders), "first come, first served"
     for sequence, why in engine.ended.items():
         expected = answer(sequence.request, sequence.index)
         event(why)

@@ -134,7 +134,9 @@ def heavy_metadata(address: str) -> None:
 
 def long_prompts(address: str) -> None:
     with Client(address, retries=0) as client:
-        client.tokenize("x " * 2**19, timeout=20)
+        for ask in (client.tokenize, client.complete):
+            with suppress(CutawayError):
+                ask("x " * 2**19, timeout=20)
 
 
 def attacking(attack: Callable[[str], None], address: str, over: threading.Event) -> None:
@@ -160,9 +162,8 @@ def test_other_streams_go_on_while_many_attack(tiny: Path) -> None:
     with program("--model", str(tiny), code=UNHURRIED) as (address, _):
         late_gap(address)
         told = []
-        for _ in range(3):  # the machine may be busy with other things: the best of three
-            calm = late_gap(address)
-            over = threading.Event()
+        for _ in range(3):  # the machine may be busy with other things
+            calm, over = late_gap(address), threading.Event()
             threads = [threading.Thread(target=attacking, args=(attack, address, over)) for attack in attacks]
             for thread in threads:
                 thread.start()
@@ -171,4 +172,6 @@ def test_other_streams_go_on_while_many_attack(tiny: Path) -> None:
             over.set()
             for thread in threads:
                 thread.join()
-        assert any(attacked < 2 * calm for calm, attacked in told), told
+            if told[-1][1] < 2 * calm:
+                return
+        pytest.fail(f"seconds between two tokens, calm and attacked: {told}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,12 +12,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cutaway.v1
 import grpc
 import pytest
 from certificates import Authority
-from cutaway import Client, NotFound, PermissionDenied, QueueFull, Unauthenticated
+from cutaway import Capture, Client, NotFound, PermissionDenied, QueueFull, Unauthenticated
 from cutaway.v1 import inference_pb2 as v1
-from cutaway_server.service.access import METHODS
+from cutaway_server import errors
+from cutaway_server.service.access import KNOWN, METHODS
+from cutaway_server.service.caller import Caller
+from cutaway_server.service.credentials import digest, new_key
+from cutaway_server.service.quotas import Quotas
 from google.protobuf.descriptor_pool import Default
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from secured import DENIED, EVERY_SCOPE, bearer, outcome, write_keys
@@ -34,13 +42,23 @@ ALL_MAY = {
 }
 GENERATORS_MAY = {f"/cutaway.v1.Inference/{name}" for name in ("Generate", "Abort")}
 BOTH_MAY = {f"/cutaway.v1.Inference/{name}" for name in ("Tokenize", "Detokenize")}
+LOW = new_key()
 INTROSPECTION = "/cutaway.v1.Introspection/"
 OBSERVERS_MAY = {
     INTROSPECTION + name for name in ("GetCacheStats", "GetBlocks", "WatchCache", "WatchSteps", "ListRequests")
 }
 LOOKERS_MAY = {
     INTROSPECTION + name
-    for name in ("ListPoints", "Trace", "GetHiddenStates", "GetAttention", "LogitLens", "Estimate", "ReadCache")
+    for name in (
+        "ListPoints",
+        "Trace",
+        "GetHiddenStates",
+        "GetAttention",
+        "LogitLens",
+        "SelfCheck",
+        "Estimate",
+        "ReadCache",
+    )
 }
 MAY = {
     **dict.fromkeys(ALL_MAY, EVERY_SCOPE),
@@ -86,6 +104,29 @@ def test_every_method_that_is_served_is_in_the_table_and_no_other(secured: Simpl
     methods = {f"/{name}/{method.name}" for name in served for method in Default().FindServiceByName(name).methods}
     assert methods == set(METHODS)
     assert sorted(methods) == METHODS_BY_HAND, "what a new method needs is written here, too"
+
+
+def test_every_method_of_the_contract_has_a_scope_before_it_is_served() -> None:
+    names = [module.name for module in pkgutil.iter_modules(cutaway.v1.__path__) if module.name.endswith("_pb2")]
+    files = [importlib.import_module(f"cutaway.v1.{name}").DESCRIPTOR for name in names]
+    services = [service for file in files for service in file.services_by_name.values()]
+    methods = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}
+    assert "/cutaway.v1.Inference/Generate" in methods
+    assert methods <= set(METHODS), "service/access.py: which scope opens it?"
+    assert all(METHODS[method] and METHODS[method] <= set(EVERY_SCOPE) for method in methods)
+
+
+def test_the_page_on_security_tells_what_each_scope_opens() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "security.md").read_text()
+    rows = dict(re.findall(r"^\| `?(\w+)`? \| (.*?) \|", page[page.index("## Scopes") :], re.MULTILINE))
+    for scope in ("any", *EVERY_SCOPE):
+        told = set(re.findall(r"`(\w+/\w+)`", rows[scope]))
+        opened = {
+            method.split(".")[-1]
+            for method, scopes in METHODS.items()
+            if (scopes == KNOWN if scope == "any" else scope in scopes < KNOWN)
+        }
+        assert told == opened, scope
 
 
 class WithKey(grpc.StreamStreamClientInterceptor):  # type: ignore[misc]
@@ -223,7 +264,9 @@ def test_a_tenants_calls_are_counted_and_given_back_and_other_tenants_have_their
         streams = [a.generate("Hi", ignore_eos=True), b.generate("Hi", ignore_eos=True)]
         for stream in streams:
             next(stream)
-        with pytest.raises(QueueFull, match="tenant 'small' are open as may be: 2") as raised:
+        with pytest.raises(
+            QueueFull, match=r"^2 calls of tenant 'small' are open, 1 more are asked for, and 2 may be"
+        ) as raised:
             b.tokenize("Hi")
         assert raised.value.retry_after == 1.0
         assert c.complete("Hi", max_tokens=2, ignore_eos=True).usage.completion_tokens == 2
@@ -231,6 +274,68 @@ def test_a_tenants_calls_are_counted_and_given_back_and_other_tenants_have_their
             stream.close()
         assert eventually(live.is_clean)
         assert b.tokenize("Hi").ids
+
+
+def test_bytes_of_captures_are_held_for_a_tenant_and_given_back() -> None:
+    quotas = Quotas()
+    one, two = (Caller(name, "key", "t", frozenset(), max_capture_bytes=100) for name in ("one", "two"))
+    free = Caller("free", "key", "other", frozenset())
+    with quotas.captures(one, 70):
+        told = r"^70 bytes of captures are held for tenant 't', 31 more"
+        with pytest.raises(errors.QueueFull, match=told) as raised, quotas.captures(two, 31):
+            pass
+        assert raised.value.retry_after_seconds > 0
+        with quotas.captures(two, 30), quotas.captures(free, 10**12):
+            pass
+    with pytest.raises(ZeroDivisionError), quotas.captures(two, 100):
+        _ = 1 // 0
+    with quotas.captures(one, 100):
+        pass
+
+
+def test_what_captures_may_come_to_counts_for_the_tenant_once_and_is_given_back(tiny: Path, tmp_path: Path) -> None:
+    file, scopes = tmp_path / "keys.toml", ["generate", "introspect"]
+    keys = write_keys(file, {"one": (scopes, "t"), "other": (scopes, "free")})
+    asked = {"captures": [Capture("blocks.1.hook_resid_post")], "ignore_eos": True}
+    with (
+        serving(tiny, api_keys=str(file), pace=0.005) as live,
+        Client(live.address, api_key=keys["one"]) as one,
+        Client(live.address, api_key=keys["other"]) as other,
+    ):
+        size = one.estimate("Hi", points=["blocks.1.hook_resid_post"], max_tokens=100).bytes
+        write_keys(file, {"one": (scopes, "t"), "other": (scopes, "free")}, limit_of(size), keys)
+        live.loop.call_soon_threadsafe(live.server.reload)
+        first = one.generate("Hi", max_tokens=100, **asked)
+        next(first)
+        with pytest.raises(QueueFull, match=f"^{size} bytes of captures are held for tenant 't', .* {size} may be"):
+            one.complete("Hi", max_tokens=1, **asked)
+        assert other.complete("Hi", max_tokens=100, **asked).token_ids
+        list(first)
+        assert one.complete("Hi", max_tokens=100, **asked).token_ids
+
+
+def limit_of(size: int) -> str:
+    return f'[[tenant]]\nname = "t"\nmax_capture_bytes = {size}\n'
+
+
+def test_a_key_of_more_priority_takes_a_place_and_who_had_it_goes_on_as_if_nothing_had_been(
+    tiny: Path, tmp_path: Path
+) -> None:
+    later = f'priority = 5\n[[key]]\nname = "low"\nsha256 = "{digest(LOW)}"\nscopes = ["generate"]\ntenant = "t"\n'
+    keys = write_keys(tmp_path / "keys.toml", {"high": (["generate"], "t")}, later)
+    with (
+        serving(tiny, api_keys=str(tmp_path / "keys.toml"), pace=0.005, max_running=1) as live,
+        Client(live.address, api_key=LOW) as low,
+        Client(live.address, api_key=keys["high"]) as high,
+    ):
+        asked = {"max_tokens": 200, "ignore_eos": True, "temperature": 0}
+        alone = low.complete("Hello", **asked).token_ids
+        stream = low.generate("Hello", **asked)
+        begun = [next(stream).id]
+        assert len(high.complete("Hi", max_tokens=5, ignore_eos=True).token_ids) == 5
+        assert stream.completions is None, "it has not ended before"
+        assert begun + [token.id for token in stream] == list(alone)
+        assert stream.answer().timings.preemptions == 1
 
 
 def test_sighup_reads_the_keys_again_and_cuts_no_stream(tiny: Path, tmp_path: Path) -> None:

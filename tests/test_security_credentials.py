@@ -27,7 +27,8 @@ def test_a_key_is_found_with_its_name_scopes_tenant_and_limit_and_a_changed_one_
     keys = write_keys(
         file,
         {"web": (["generate", "observe"], "shop"), "ci": (["admin"], "build")},
-        '[[tenant]]\nname = "shop"\nmax_calls = 7\n',
+        '[[tenant]]\nname = "shop"\nmax_calls = 7\nshare = 2.5\n'
+        '[[certificate]]\nname = "batch"\nscopes = ["generate"]\ntenant = "shop"\npriority = -3\n',
     )
     known = read_credentials(file)
     web = known.of_key(keys["web"])
@@ -37,6 +38,9 @@ def test_a_key_is_found_with_its_name_scopes_tenant_and_limit_and_a_changed_one_
     ci = known.of_key(keys["ci"])
     assert ci is not None
     assert (ci.name, ci.max_calls) == ("ci", None)
+    batch = known.of_names(["batch"])
+    assert batch is not None
+    assert [(c.share, c.priority) for c in (web, ci, batch)] == [(2.5, 0), (1.0, 0), (2.5, -3)]
     last = "A" if keys["web"][-1] != "A" else "B"
     for wrong in (keys["web"][:-1] + last, keys["web"] + "A", keys["web"].upper(), "", "é", new_key()):
         assert known.of_key(wrong) is None
@@ -75,6 +79,8 @@ def test_a_certificate_is_found_by_one_of_its_names_and_not_if_its_names_are_two
         (FINE + FINE.replace("ci", "cd"), "two key entries have one sha256"),
         ("[[keys]]\n", "keys: Extra inputs"),
         ('[[tenant]]\nname = "t"\nmax_calls = 0\n', "tenant.1.max_calls: Input should be greater"),
+        ('[[tenant]]\nname = "t"\nshare = 0\n', "tenant.1.share: Input should be greater"),
+        (FINE + 'priority = 101\n', "key.1.priority: Input should be less"),
         ("key = ", "is not TOML"),
         ("\xff", "is not TOML"),
         (None, "cannot be read: No such file"),

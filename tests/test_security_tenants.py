@@ -123,7 +123,7 @@ def test_time_to_the_first_token_does_not_tell_what_other_tenants_asked(tiny: Pa
     keys = write_keys(tmp_path / "keys.toml", {tenant: (["generate"], tenant) for tenant in TENANTS})
     options = {"api_keys": str(tmp_path / "keys.toml"), "kv_cache_memory": 2**26}
     # A tiny model reads a prompt in no time: here it takes 8 steps or, if it is cached, one.
-    with serving(tiny, pace=0.002, max_batch_tokens=32, **options) as live, ExitStack() as stack:
+    with serving(tiny, pace=0.002, max_batch_tokens=32, max_running=32, **options) as live, ExitStack() as stack:
         clients = {name: stack.enter_context(Client(live.address, api_key=key)) for name, key in keys.items()}
         fresh = texts()
         measured(clients, fresh, 2, "berta")

@@ -238,7 +238,7 @@ def test_abort_ends_a_request_whose_prompt_is_still_being_tokenised(client: Any,
         asyncio.run_coroutine_threadsafe(workers.run(busy.wait), live.loop)
     call = client.Generate(asking(PROMPT, n=2, ask_request_id="early"))
     try:
-        assert eventually(lambda: workers._taken == 3)
+        assert eventually(lambda: workers._taken.total() == 3)
         code, message = status(client.Generate(asking(PROMPT, ask_request_id="early")))
         assert (code, "'early' is already running" in message) == (grpc.StatusCode.ALREADY_EXISTS, True)
         client.Abort(v1.AbortRequest(request_id="early"))
@@ -377,7 +377,7 @@ def test_texts_wait_to_be_tokenised_in_as_many_places_as_requests_may_run_and_wa
         blocked = asyncio.run_coroutine_threadsafe(workers.run(busy.wait), live.loop)
         calls = [client.Generate(asking("hello", max_tokens=4)) for _ in range(8)]
         try:
-            assert eventually(lambda: workers._taken == 9)
+            assert eventually(lambda: workers._taken.total() == 9)
             with pytest.raises(grpc.RpcError) as raised:
                 client.Tokenize(v1.TokenizeRequest(text="one too many"))
         finally:

@@ -107,7 +107,7 @@ def test_the_bound_is_worth_something(tmp_path: Path) -> None:
 def test_tokenizers_that_drop_or_join_text_promise_nothing(name: str, tmp_path: Path) -> None:
     model = TextModel.from_directory(saved(UNBOUNDED[name](), tmp_path))
     assert model.least_tokens("word " * 10_000) == 0
-    assert refusal(model, "word " * 10_000, 40) == ""
+    assert "at least" not in refusal(model, "word " * 10_000, 40), "it is tokenised first"
 
 
 def refusal(model: TextModel, text: str, most: int) -> str:

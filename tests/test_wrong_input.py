@@ -206,7 +206,8 @@ def test_models_that_cannot_be_served_are_refused_at_start_in_one_line(tiny: Pat
         str(truncated): r"model.safetensors.*",
         str(gguf): r"truncated.gguf.*",
     }
-    command = [sys.executable, "-m", "cutaway_server", "--listen", "127.0.0.1:0", "--log-level", "error", "--model"]
+    command = [sys.executable, "-m", "cutaway_server", "--listen", "127.0.0.1:0", "--metrics-listen", "none"]
+    command += ["--log-level", "error", "--model"]
     started = {
         model: subprocess.Popen([*command, model], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for model in expected

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar, Unpack, overload
 
 from cutaway import looking
 from cutaway.looking import AttentionOptions, HiddenStatesOptions, LensOptions, Prompt, TraceOptions
-from cutaway.results import Estimate, LensResult, Point
+from cutaway.results import Estimate, LensResult, Point, SelfCheck
 from cutaway.v1 import introspection_pb2 as pb
 
 if TYPE_CHECKING:
@@ -123,6 +123,11 @@ class AsyncInspecting:
             return token
         told = await self._calls.tokenize(token, add_special_tokens=False, timeout=timeout)
         return looking.only_id(token, told.ids, told.pieces)
+
+    async def self_check(self, prompt: Prompt | None = None, *, timeout: float | None = None) -> SelfCheck:
+        """Test on a prompt what must hold of the served model's inner values."""
+        request = looking.self_check_request(prompt, timeout)
+        return looking.self_check(await self._calls.ask(self._calls.introspection.SelfCheck, request, timeout))
 
     async def estimate(self, prompt: Prompt | None = None, **options: Unpack[TraceOptions]) -> Estimate:
         """Tell what a `trace` (or `generate` with these captures) would send, without computing it."""

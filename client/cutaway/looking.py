@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 from cutaway import requests
 from cutaway.errors import InvalidArgument
 from cutaway.options import GenerateOptions, Message
-from cutaway.results import Estimate, LensResult, Point
+from cutaway.results import Estimate, Identity, LensResult, Point, SelfCheck
 from cutaway.v1 import inference_pb2, introspection_pb2
 
 if TYPE_CHECKING:
@@ -250,3 +250,21 @@ def points(wire: introspection_pb2.ListPointsResponse) -> tuple[Point, ...]:
         )
         for each in wire.points
     )  # fmt: skip
+
+
+def self_check_request(prompt: Prompt | None, timeout: float | None) -> introspection_pb2.SelfCheckRequest:
+    """The wire's request."""
+    if prompt is None:
+        return introspection_pb2.SelfCheckRequest()
+    return introspection_pb2.SelfCheckRequest(generate=generate_of(prompt, {"timeout": timeout}))
+
+
+def self_check(wire: introspection_pb2.SelfCheckResponse) -> SelfCheck:
+    """What was tested."""
+    found = tuple(
+        Identity(each.name, each.description, each.error, each.tolerance, each.holds, each.exact)
+        for each in wire.identities
+    )
+    return SelfCheck(
+        wire.holds, found, wire.model_hash, wire.kernels, wire.dtype, wire.quantization, wire.prompt_tokens
+    )

@@ -211,7 +211,7 @@ class CompletionInfo:
 
 @dataclass(frozen=True, slots=True)
 class RequestInfo:
-    """A request that waits, runs, or has ended and is kept. `ahead` requests wait before it, if it waits.
+    """A request that waits, runs, or has ended and is kept. `ahead` of your requests wait before it, if it waits.
 
     `ended_seconds` is how long ago it ended, None while it has not. Until its prompt is computed (`computed_tokens` of
     it are), one completion stands for all.

@@ -234,6 +234,9 @@ class Limits:
     max_backlog_bytes: int
     max_streams: int
     max_calls: int | None
+    max_captures: int
+    max_capture_bytes: int
+    max_edits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,3 +323,28 @@ class LensResult:
         from cutaway.notebook import lens_html
 
         return lens_html(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Something that must hold of inner values; `error` is the largest found, `tolerance` what the dtype may cause."""
+
+    name: str
+    description: str
+    error: float
+    tolerance: float
+    holds: bool
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SelfCheck:
+    """What was tested on the served model, and whether it holds."""
+
+    holds: bool
+    identities: tuple[Identity, ...]
+    model_hash: str
+    kernels: str
+    dtype: str
+    quantization: str
+    prompt_tokens: int

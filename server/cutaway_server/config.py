@@ -74,7 +74,9 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     model: str = Field("smollm2", min_length=1, description="What to serve: smollm2, gemma3-270m, a path or a hub id.")
-    served_name: str | None = Field(None, min_length=1, description="Name told to clients. Default: --model.")
+    served_name: str | None = Field(
+        None, min_length=1, description="Name told to clients. Default: --model; of a path, its last part."
+    )
     listen: Annotated[str, BeforeValidator(_check_listen)] = Field(
         "127.0.0.1:50051", description="HOST:PORT to serve on; port 0 picks one."
     )
@@ -184,8 +186,9 @@ class Config(BaseModel):
 
     @property
     def name(self) -> str:
-        """The name told to clients."""
-        return self.served_name or self.model
+        """The name told to clients: of a path its last part, for where files lie is not theirs to know."""
+        path = Path(self.model).name if self.model.startswith(("/", ".", "~")) else ""
+        return self.served_name or path or self.model
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,7 +208,8 @@ def _stop_tokens(ids: tuple[int, ...], vocab_size: int) -> frozenset[int]:
 class Request:
     """One request for `sampling.n` completions of one prompt.
 
-    `arrival` and `deadline` are seconds of `time.monotonic()`. `tenant` salts the prefix cache.
+    `arrival` and `deadline` are seconds of `time.monotonic()`. `tenant` salts the prefix cache. Those of higher
+    `priority` go first; between tenants, rows are divided by `share`.
     """
 
     request_id: str
@@ -220,6 +221,8 @@ class Request:
     prefix_caching: bool = True
     captures: tuple[Capture, ...] = ()
     edits: Edits = NO_EDITS
+    priority: int = 0
+    share: float = 1.0
 
     @property
     def probed(self) -> bool:

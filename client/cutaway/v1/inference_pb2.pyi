@@ -1260,6 +1260,9 @@ class Limits(_message.Message):
     MAX_BACKLOG_BYTES_FIELD_NUMBER: _builtins.int
     MAX_STREAMS_FIELD_NUMBER: _builtins.int
     MAX_CALLS_FIELD_NUMBER: _builtins.int
+    MAX_CAPTURES_FIELD_NUMBER: _builtins.int
+    MAX_CAPTURE_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_EDITS_FIELD_NUMBER: _builtins.int
     max_context: _builtins.int
     """Tokens of prompt and completion together."""
     max_running: _builtins.int
@@ -1306,6 +1309,12 @@ class Limits(_message.Message):
     """Calls that one connection may have open."""
     max_calls: _builtins.int
     """Calls that you may have open at a time, by your credentials. Unset: no such limit."""
+    max_captures: _builtins.int
+    """Entries of `captures`."""
+    max_capture_bytes: _builtins.int
+    """Bytes of captured values that one request may send."""
+    max_edits: _builtins.int
+    """Entries of `edits`."""
     def __init__(
         self,
         *,
@@ -1332,10 +1341,13 @@ class Limits(_message.Message):
         max_backlog_bytes: _builtins.int = ...,
         max_streams: _builtins.int = ...,
         max_calls: _builtins.int | None = ...,
+        max_captures: _builtins.int = ...,
+        max_capture_bytes: _builtins.int = ...,
+        max_edits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_calls", b"_max_calls", "max_calls", b"max_calls"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_calls", b"_max_calls", "max_answer_bytes", b"max_answer_bytes", "max_backlog_bytes", b"max_backlog_bytes", "max_bad_word_bytes", b"max_bad_word_bytes", "max_bad_word_tokens", b"max_bad_word_tokens", "max_bad_words", b"max_bad_words", "max_batch_tokens", b"max_batch_tokens", "max_calls", b"max_calls", "max_chat_messages", b"max_chat_messages", "max_context", b"max_context", "max_detokenized", b"max_detokenized", "max_logit_biases", b"max_logit_biases", "max_logprobs", b"max_logprobs", "max_message_bytes", b"max_message_bytes", "max_n", b"max_n", "max_prompt_bytes", b"max_prompt_bytes", "max_queued", b"max_queued", "max_running", b"max_running", "max_stop_bytes", b"max_stop_bytes", "max_stop_token_ids", b"max_stop_token_ids", "max_stops", b"max_stops", "max_streams", b"max_streams", "page_size", b"page_size", "total_pages", b"total_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_calls", b"_max_calls", "max_answer_bytes", b"max_answer_bytes", "max_backlog_bytes", b"max_backlog_bytes", "max_bad_word_bytes", b"max_bad_word_bytes", "max_bad_word_tokens", b"max_bad_word_tokens", "max_bad_words", b"max_bad_words", "max_batch_tokens", b"max_batch_tokens", "max_calls", b"max_calls", "max_capture_bytes", b"max_capture_bytes", "max_captures", b"max_captures", "max_chat_messages", b"max_chat_messages", "max_context", b"max_context", "max_detokenized", b"max_detokenized", "max_edits", b"max_edits", "max_logit_biases", b"max_logit_biases", "max_logprobs", b"max_logprobs", "max_message_bytes", b"max_message_bytes", "max_n", b"max_n", "max_prompt_bytes", b"max_prompt_bytes", "max_queued", b"max_queued", "max_running", b"max_running", "max_stop_bytes", b"max_stop_bytes", "max_stop_token_ids", b"max_stop_token_ids", "max_stops", b"max_stops", "max_streams", b"max_streams", "page_size", b"page_size", "total_pages", b"total_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_calls: _TypeAlias = _typing.Literal["max_calls"]  # noqa: Y015
     _WhichOneofArgType__max_calls: _TypeAlias = _typing.Literal["_max_calls", b"_max_calls"]  # noqa: Y015

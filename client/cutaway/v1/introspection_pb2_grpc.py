@@ -61,6 +61,11 @@ class IntrospectionStub:
                 request_serializer=cutaway_dot_v1_dot_introspection__pb2.LogitLensRequest.SerializeToString,
                 response_deserializer=cutaway_dot_v1_dot_introspection__pb2.LogitLensResponse.FromString,
                 _registered_method=True)
+        self.SelfCheck = channel.unary_unary(
+                '/cutaway.v1.Introspection/SelfCheck',
+                request_serializer=cutaway_dot_v1_dot_introspection__pb2.SelfCheckRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_introspection__pb2.SelfCheckResponse.FromString,
+                _registered_method=True)
         self.Estimate = channel.unary_unary(
                 '/cutaway.v1.Introspection/Estimate',
                 request_serializer=cutaway_dot_v1_dot_introspection__pb2.EstimateRequest.SerializeToString,
@@ -137,6 +142,13 @@ class IntrospectionServicer:
 
     def LogitLens(self, request, context):
         """Streams what the model would say if it ended after each layer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SelfCheck(self, request, context):
+        """Computes a prompt and tests on it what must hold of a transformer's inner values, with the error found.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -225,6 +237,11 @@ def add_IntrospectionServicer_to_server(servicer, server):
                     servicer.LogitLens,
                     request_deserializer=cutaway_dot_v1_dot_introspection__pb2.LogitLensRequest.FromString,
                     response_serializer=cutaway_dot_v1_dot_introspection__pb2.LogitLensResponse.SerializeToString,
+            ),
+            'SelfCheck': grpc.unary_unary_rpc_method_handler(
+                    servicer.SelfCheck,
+                    request_deserializer=cutaway_dot_v1_dot_introspection__pb2.SelfCheckRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_introspection__pb2.SelfCheckResponse.SerializeToString,
             ),
             'Estimate': grpc.unary_unary_rpc_method_handler(
                     servicer.Estimate,
@@ -403,6 +420,33 @@ class Introspection:
             '/cutaway.v1.Introspection/LogitLens',
             cutaway_dot_v1_dot_introspection__pb2.LogitLensRequest.SerializeToString,
             cutaway_dot_v1_dot_introspection__pb2.LogitLensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SelfCheck(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cutaway.v1.Introspection/SelfCheck',
+            cutaway_dot_v1_dot_introspection__pb2.SelfCheckRequest.SerializeToString,
+            cutaway_dot_v1_dot_introspection__pb2.SelfCheckResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,8 @@ class IntrospectionStub:
     """Streams attention patterns of a prompt: the short way to another."""
     LogitLens: _grpc.UnaryStreamMultiCallable[_introspection_pb2.LogitLensRequest, _introspection_pb2.LogitLensResponse]
     """Streams what the model would say if it ended after each layer."""
+    SelfCheck: _grpc.UnaryUnaryMultiCallable[_introspection_pb2.SelfCheckRequest, _introspection_pb2.SelfCheckResponse]
+    """Computes a prompt and tests on it what must hold of a transformer's inner values, with the error found."""
     Estimate: _grpc.UnaryUnaryMultiCallable[_introspection_pb2.EstimateRequest, _introspection_pb2.EstimateResponse]
     """Tells what a request would send and cost, and whether it would be refused, without computing it."""
     GetCacheStats: _grpc.UnaryUnaryMultiCallable[_machine_pb2.GetCacheStatsRequest, _machine_pb2.GetCacheStatsResponse]
@@ -76,6 +78,8 @@ class IntrospectionAsyncStub(IntrospectionStub):
     """Streams attention patterns of a prompt: the short way to another."""
     LogitLens: _aio.UnaryStreamMultiCallable[_introspection_pb2.LogitLensRequest, _introspection_pb2.LogitLensResponse]  # type: ignore[assignment]
     """Streams what the model would say if it ended after each layer."""
+    SelfCheck: _aio.UnaryUnaryMultiCallable[_introspection_pb2.SelfCheckRequest, _introspection_pb2.SelfCheckResponse]  # type: ignore[assignment]
+    """Computes a prompt and tests on it what must hold of a transformer's inner values, with the error found."""
     Estimate: _aio.UnaryUnaryMultiCallable[_introspection_pb2.EstimateRequest, _introspection_pb2.EstimateResponse]  # type: ignore[assignment]
     """Tells what a request would send and cost, and whether it would be refused, without computing it."""
     GetCacheStats: _aio.UnaryUnaryMultiCallable[_machine_pb2.GetCacheStatsRequest, _machine_pb2.GetCacheStatsResponse]  # type: ignore[assignment]
@@ -135,6 +139,14 @@ class IntrospectionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_introspection_pb2.LogitLensResponse], _abc.AsyncIterator[_introspection_pb2.LogitLensResponse]]:
         """Streams what the model would say if it ended after each layer."""
+
+    @_abc_1.abstractmethod
+    def SelfCheck(
+        self,
+        request: _introspection_pb2.SelfCheckRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_introspection_pb2.SelfCheckResponse, _abc.Awaitable[_introspection_pb2.SelfCheckResponse]]:
+        """Computes a prompt and tests on it what must hold of a transformer's inner values, with the error found."""
 
     @_abc_1.abstractmethod
     def Estimate(

@@ -713,7 +713,7 @@ class Step(_message.Message):
 
     @_builtins.property
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepRows]:
-        """What the caller's requests had computed in it, oldest request first."""
+        """What the caller's requests had computed in it, in the order of the batch."""
 
     @_builtins.property
     def sampled(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepToken]:
@@ -991,7 +991,7 @@ class RequestInfo(_message.Message):
     ended_seconds: _builtins.float
     """Seconds since it ended, if it has."""
     ahead: _builtins.int
-    """Requests that wait before it, if it waits."""
+    """Requests of the same tenant that wait before it, if it waits."""
     prompt: _builtins.str
     """The text of its prompt, with --inspect-text."""
     @_builtins.property

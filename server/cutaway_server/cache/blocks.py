@@ -11,7 +11,7 @@ cached        _evictable         cached       published, no references; reused l
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -75,6 +75,8 @@ class BlockPool:
         self._kept: dict[int, int] = {}  # by how many
         self._owners = [NOBODY] * n_blocks  # who each was last given out to
         self._generations = [0] * n_blocks  # how often each was given out
+        self._used: Counter[str] = Counter()  # blocks by tenant; none with 0
+        self._cached: Counter[str] = Counter()
 
     @property
     def capacity(self) -> int:
@@ -136,6 +138,7 @@ class BlockPool:
         self._references[block] = 1
         self._owners[block] = owner
         self._generations[block] += 1
+        self._used[owner.tenant] += 1
         self.statistics.took(block)
         if self.log is not None:
             change = BlockChange.COPIED if copy_of else BlockChange.TAKEN
@@ -151,6 +154,7 @@ class BlockPool:
         if digest:
             del self._published[digest]
         self._kept.pop(block, None)
+        self._leaves(self._cached, block)
         self.evictions += 1
         self.statistics.evicted(block)
         if self.log is not None:
@@ -163,6 +167,8 @@ class BlockPool:
             idle = self._last if block in self._kept else self._evictable
             assert block in idle, f"block {block} holds nothing to share"
             del idle[block]
+            self._leaves(self._cached, block)
+            self._used[self._owners[block].tenant] += 1
             self.statistics.reused(block)
         self._references[block] += 1
         if self.log is not None:
@@ -173,6 +179,7 @@ class BlockPool:
         assert self._references[block] > 0, f"block {block} is released more often than taken"
         self._references[block] -= 1
         if self._references[block] == 0:
+            self._leaves(self._used, block)
             self._lay(block)
             if block in self._digests or block in self._kept:
                 self.statistics.released(block)
@@ -181,12 +188,17 @@ class BlockPool:
 
     def _lay(self, block: int) -> None:
         """Put a block that nobody references where it waits for what comes."""
-        if block in self._kept:
-            self._last[block] = None
-        elif block in self._digests:
-            self._evictable[block] = None
-        else:
+        if block not in self._kept and block not in self._digests:
             self._free.append(block)
+            return
+        (self._last if block in self._kept else self._evictable)[block] = None
+        self._cached[self._owners[block].tenant] += 1
+
+    def _leaves(self, counted: Counter[str], block: int) -> None:
+        tenant = self._owners[block].tenant
+        counted[tenant] -= 1
+        if not counted[tenant]:
+            del counted[tenant]
 
     def keep(self, block: int) -> Lease:
         """Let a block that is in use be evicted after all that nobody keeps, once nobody references it.
@@ -211,6 +223,7 @@ class BlockPool:
             del self._kept[block]
             if self._references[block] == 0:
                 del self._last[block]
+                self._leaves(self._cached, block)
                 self._lay(block)
 
     def publish(self, block: int, digest: bytes, owner: Owner = NOBODY) -> None:
@@ -232,6 +245,10 @@ class BlockPool:
         block = self._published.get(digest)
         self.hits += block is not None
         return block
+
+    def of(self, tenant: str) -> tuple[int, int]:
+        """How many blocks of a tenant are used, and cached."""
+        return self._used[tenant], self._cached[tenant]
 
     def holding(self, digests: Iterable[bytes]) -> int:
         """How many of the first of `digests` would be found. Unlike `find` it leaves no trace."""
@@ -265,3 +282,5 @@ class BlockPool:
         assert self._last.keys() == self._kept.keys() - used, "a kept block is not where it should be"
         assert not free & self._digests.keys(), "a free block can be found"
         assert all(count > 0 for count in self._kept.values()), "a block is kept by fewer than one"
+        assert self._used == Counter(self._owners[block].tenant for block in used), "a tenant's blocks are miscounted"
+        assert self._cached == Counter(self._owners[block].tenant for block in cached), "a tenant's are miscounted"

@@ -76,7 +76,7 @@ class AheadEngine(Engine):
         lengths = [len(draw.completion.sequence.tokens) for draw in left]
         return (
             0 < len(left) == len(scheduler.running)
-            and (not scheduler.waiting or scheduler.n_running >= scheduler.max_running)  # so nobody is admitted
+            and scheduler.settled
             and scheduler.pool.available >= 2 * len(left)  # nor preempted: each has room for a block, and for a copy
             and max(lengths) + 1 < scheduler.max_context
         )

@@ -1,7 +1,7 @@
 """Looks at the engine between two steps, asked for from other threads: each gets the answer of a function of it.
 
-Looks share what little time there is between steps: when those made since the last step have taken `LOOK_SECONDS`, the
-others wait for the next step to be over.
+While there is work, looks may take a tenth of the time, saved up to `MOST_SAVED`: who asks for many, or for long ones,
+waits longer, and nobody's tokens do.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Generic, TypeVar
 from cutaway_server.engine.engine import Engine
 from cutaway_server.errors import EngineFailed
 
-LOOK_SECONDS = 0.002
+SHARE = 0.1
+MOST_SAVED = 0.002  # seconds
+MOST_OWED = 0.2
 
 Seen = TypeVar("Seen")
 
@@ -50,22 +52,25 @@ class Looks:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._waiting: deque[Look[object]] = deque()
-        self._spent = 0.0
+        self._left = MOST_SAVED  # seconds that looks may take now; below 0 after a long one
+        self._counted = 0.0  # when that was last brought up to date
 
     def add(self, look: Look[object]) -> None:
         """Look soon."""
         self._waiting.append(look)
 
     def make(self) -> None:
-        """Look for as long as there is time, and at least once between two steps; without limit while none is due."""
-        while self._waiting and (self._spent < LOOK_SECONDS or not self._engine.has_work):
-            begun = time.perf_counter()
+        """Look for as long as there is time; without limit while no step is due."""
+        if not self._waiting:
+            return
+        now = time.perf_counter()
+        self._left = min(MOST_SAVED, self._left + SHARE * (now - self._counted))
+        while self._waiting and (self._left > 0 or not self._engine.has_work):
             self._waiting.popleft().make(self._engine)
-            self._spent += time.perf_counter() - begun
-
-    def stepped(self) -> None:
-        """A step is over."""
-        self._spent = 0.0
+            begun, now = now, time.perf_counter()
+            if self._engine.has_work:
+                self._left = max(self._left - (now - begun), -MOST_OWED)
+        self._counted = now
 
     def refuse_all(self) -> None:
         """Answer all who wait that there is no engine any more."""

@@ -38,18 +38,21 @@ class CacheState:
     preemptions: int
     runs: int  # finished requests that are kept
     prefix_caching: bool
+    own_used: int  # blocks of the tenant that asks
+    own_cached: int
 
 
-def cache_state(engine: Engine) -> CacheState:
+def cache_state(engine: Engine, tenant: str) -> CacheState:
     """Count, in time proportional to what runs."""
     pool, observed = engine.scheduler.pool, engine.observed
+    own_used, own_cached = pool.of(tenant)
     return CacheState(
         total=pool.capacity, used=pool.used, cached=pool.cached, retained=pool.retained, free=pool.free,
         page_size=pool.page_size, block_bytes=engine.pages.page_bytes, layers=len(engine.pages.keys),
         empty_positions=empty_positions(engine.scheduler.running, pool.page_size),
         queried_tokens=observed.prefix_queries, hit_tokens=observed.prefix_hits, evictions=pool.evictions,
         preemptions=observed.preemptions, runs=engine.retained.count(time.monotonic()),
-        prefix_caching=engine.scheduler.caches_prefixes,
+        prefix_caching=engine.scheduler.caches_prefixes, own_used=own_used, own_cached=own_cached,
     )  # fmt: skip
 
 
@@ -127,17 +130,9 @@ def ledger(engine: Engine, tenant: str, *, tokens: bool) -> Ledger:
         for s in engine.scheduler.running
         if s.owner.tenant == tenant
     )
-    return Ledger(
-        tenant, cache_state(engine), engine.scheduler.pool.books(), tuple(held), tuple(engine.retained.of(tenant, now)),
-        now, tokens,
-    )  # fmt: skip
-
-
-def own_counts(ledger: Ledger) -> tuple[int, int]:
-    """How many of the tenant's blocks are used, and cached."""
-    owners, references = ledger.books.owners, ledger.books.references
-    used = sum(1 for owner, count in zip(owners, references, strict=True) if count and owner.tenant == ledger.tenant)
-    return used, sum(1 for block in ledger.books.idle if owners[block].tenant == ledger.tenant)
+    runs = tuple(engine.retained.of(tenant, now))
+    books = engine.scheduler.pool.books()
+    return Ledger(tenant, cache_state(engine, tenant), books, tuple(held), runs, now, tokens)
 
 
 def blocks_of(ledger: Ledger) -> list[BlockState]:
@@ -220,7 +215,7 @@ class RequestState:
     preemptions: int
     age: float  # seconds since it arrived
     since_end: float | None  # seconds since it ended; None: it has not
-    ahead: int  # sequences that wait before it, if it waits
+    ahead: int  # sequences of the tenant that wait before it, if it waits
     completions: tuple[CompletionState, ...]
     prompt: tuple[int, ...]  # where it may be told
 
@@ -239,7 +234,8 @@ class RequestsState:
 def requests_state(engine: Engine, tenant: str, *, tokens: bool) -> RequestsState:
     """Describe a tenant's requests; `tokens`: tell which tokens they have, too."""
     now, scheduler = time.monotonic(), engine.scheduler
-    ahead = {sequence: place for place, sequence in enumerate(scheduler.waiting)}
+    waiting = [sequence for sequence in scheduler.waiting if sequence.owner.tenant == tenant]
+    ahead = {sequence: place for place, sequence in enumerate(waiting)}
     ended = [_ended(run, now, tokens) for run in engine.retained.of(tenant, now)]
     own = [live for live in engine.live.values() if live.request.tenant == tenant]
     return RequestsState(

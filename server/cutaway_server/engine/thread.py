@@ -136,7 +136,6 @@ class EngineThread:
                 if self.engine.computing:
                     self._tell()
                 self.engine.watched.over(events, self.engine.observed.reported())
-                self._looks.stepped()
         except BaseException as error:
             log.critical("the engine failed in step %d", self.engine.steps, exc_info=error)
             self._failure = error

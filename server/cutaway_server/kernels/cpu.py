@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from cutaway_server.kernels.packing_quantized import PackedStack
 from cutaway_server.kernels.plan import Plan, all_frequencies, rotations
 from cutaway_server.kernels.reference import Added, AttentionInput, Embedded, MlpInput, Normed, turned
 from cutaway_server.kernels.rounding import NO_ROUNDING, Rounding
+from cutaway_server.kernels.weight_memory import WeightMemory
 from cutaway_server.kernels.weights import LayerWeights, Norm, Weights, embedding, served_dtype
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -67,8 +69,8 @@ class CpuKernels:
         self._matrices: list[NativeMatrix] = []
         self._dtype = served_dtype(weights) or dtype
         assert self._dtype in DTYPES
-        self._consume, self._rounding = consume, rounding
-        unembed = pack(weights.unembed, rounded=rounding.unembed, consume=consume)
+        self._consume, self._rounding, self._memory = consume, rounding, WeightMemory()
+        unembed = pack(weights.unembed, rounded=rounding.unembed, consume=consume, memory=self._memory)
         assert not isinstance(unembed, PackedStack), "an embedding has one type"
         self._unembed = unembed
         self._tied = weights.unembed is weights.embed
@@ -84,6 +86,7 @@ class CpuKernels:
         self._layers = library.operation(variant, "layers")
         self._attention_input = library.operation(variant, "attention_input")
         self._paged_attention = library.operation(variant, "paged_attention")
+        self._patterns = library.operation(variant, "patterns")
         self._attention_output = library.operation(variant, "attention_output")
         self._mlp_input = library.operation(variant, "mlp_input")
         self._mlp_output = library.operation(variant, "mlp_output")
@@ -177,6 +180,17 @@ class CpuKernels:
         """Probabilities of selected (row, head) pairs, from the pages and the log-sum-exp: [pairs, longest length]."""
         return attention.attention_rows(self.config, layer, q, lse, rows, heads, plan, pages)
 
+    def patterns(self, layer: int, q: Tensor, lse: Tensor | None, plan: Plan, pages: Pages, width: int) -> Tensor:
+        """Probabilities (scores without `lse`) of all rows of a plan for their keys: [heads, T, width]."""
+        assert isinstance(plan, CpuPlan)
+        q, lse = _plain(q), None if lse is None else _plain(lse)
+        out = q.new_empty(self.config.n_heads, len(q), width)
+        self._patterns(
+            self._shape_at, self._layer_at[layer], self._pages.at(pages, layer), plan.at, q.data_ptr(), _at(lse),
+            out.data_ptr(), width,
+        )  # fmt: skip
+        return out
+
     def attention_output(self, layer: int, z: Tensor, residual: Tensor) -> Tensor:
         """W_O, post-norm, added to the residual."""
         z, residual = _plain(z), _plain(residual)
@@ -259,14 +273,14 @@ class CpuKernels:
 
     def _layer(self, i: int, w: LayerWeights) -> CLayer:
         here = self.config.layers[i]
-        rounded, consume = self._rounding.layers, self._consume
-        pack_in = pack_gated if self.config.gated else pack
-        matrices = (
-            pack(w.qkv, w.qkv_bias, rounded=rounded, consume=consume),
-            pack(w.attention_out, w.attention_out_bias, rounded=rounded, consume=consume),
-            pack_in(w.mlp_in, w.mlp_in_bias, rounded=rounded, consume=consume),
-            pack(w.mlp_out, w.mlp_out_bias, rounded=rounded, consume=consume),
+        packed, gated = (
+            partial(form, rounded=self._rounding.layers, consume=self._consume, memory=self._memory)
+            for form in (pack, pack_gated if self.config.gated else pack)
         )
+        matrices = (
+            packed(w.qkv, w.qkv_bias), packed(w.attention_out, w.attention_out_bias), gated(w.mlp_in, w.mlp_in_bias),
+            packed(w.mlp_out, w.mlp_out_bias),
+        )  # fmt: skip
         norms = (w.norm1, w.norm1_post, w.norm2, w.norm2_post, w.q_norm, w.k_norm)
         return CLayer(
             *(self._matrix(m) for m in matrices), *(self._norm(n) for n in norms), here.window or 0,

@@ -8,7 +8,7 @@ import sys
 
 from torch import Tensor
 
-CHUNK_BYTES = 2**24  # packed at once
+CHUNK_BYTES = 2**22  # packed at once
 
 
 def give_back(rows: Tensor) -> None:

@@ -12,6 +12,7 @@ from cutaway_server.kernels.memory import CHUNK_BYTES, give_back, trim
 from cutaway_server.kernels.packing_quantized import PackedQuantized, PackedStack, pack_quantized
 from cutaway_server.kernels.quantized import Kind, Quantized
 from cutaway_server.kernels.rounding import Rounded
+from cutaway_server.kernels.weight_memory import WeightMemory
 
 BLOCK = 16
 TILE = 32  # columns of a product's tile, and depth of a bf16 one
@@ -47,48 +48,54 @@ AnyPacked = Packed | PackedQuantized | PackedStack
 
 
 def pack(
-    weight: Tensor | Quantized, bias: Tensor | None = None, *, rounded: Kind | None = None, consume: bool = False
-) -> AnyPacked:
+    weight: Tensor | Quantized, bias: Tensor | None = None, *, rounded: Kind | None = None, consume: bool = False,
+    memory: WeightMemory | None = None,
+) -> AnyPacked:  # fmt: skip
     """Pack a matrix [columns, depth]: as it is, or a float one rounded to integers.
 
-    To `consume` it gives its memory back, chunk by chunk.
+    To `consume` it gives its memory back, chunk by chunk. What is packed lies in `memory`, or in some of its own.
     """
+    memory = memory or WeightMemory()
     columns, depth = weight.shape
     padded_bias = None if bias is None else F.pad(bias.float(), (0, -columns % TILE))
     if isinstance(weight, Quantized):
-        stacked = tuple(pack_quantized((run,), None, consume=consume) for run in weight.runs())
+        stacked = tuple(pack_quantized((run,), None, memory, consume=consume) for run in weight.runs())
         return replace(stacked[0], bias=padded_bias) if len(stacked) == 1 else PackedStack(stacked, padded_bias)
     if rounded is not None:
-        return pack_quantized((Rounded(weight, rounded),), padded_bias, consume=consume)
-    return Packed(_blocks((weight,), consume), padded_bias, columns, depth)
+        return pack_quantized((Rounded(weight, rounded),), padded_bias, memory, consume=consume)
+    return Packed(_blocks((weight,), memory, consume=consume), padded_bias, columns, depth)
 
 
 def pack_gated(
-    weight: Tensor | Quantized, bias: Tensor | None = None, *, rounded: Kind | None = None, consume: bool = False
-) -> AnyPacked:
+    weight: Tensor | Quantized, bias: Tensor | None = None, *, rounded: Kind | None = None, consume: bool = False,
+    memory: WeightMemory | None = None,
+) -> AnyPacked:  # fmt: skip
     """Pack gate and up [2 * d_mlp, depth], in turn by blocks of 16 columns, so that a tile has both."""
+    memory = memory or WeightMemory()
     together = None
     if bias is not None:
         halves = (F.pad(half.float(), (0, -len(half) % BLOCK)).view(-1, BLOCK) for half in bias.chunk(2))
         together = torch.stack(tuple(halves), 1).flatten()
     rows = weight.shape[0]
     if isinstance(weight, Quantized):
-        return pack_quantized((weight.cut(0, rows // 2), weight.cut(rows // 2, rows)), together, consume=consume)
+        return pack_quantized(
+            (weight.cut(0, rows // 2), weight.cut(rows // 2, rows)), together, memory, consume=consume
+        )
     gate, up = weight.chunk(2)
     if rounded is not None:
-        return pack_quantized((Rounded(gate, rounded), Rounded(up, rounded)), together, consume=consume)
-    data = _blocks((gate, up), consume)
+        return pack_quantized((Rounded(gate, rounded), Rounded(up, rounded)), together, memory, consume=consume)
+    data = _blocks((gate, up), memory, consume=consume)
     return Packed(data, together, data.shape[0] * BLOCK, weight.shape[1])
 
 
-def _blocks(parts: tuple[Tensor, ...], consume: bool) -> Tensor:
+def _blocks(parts: tuple[Tensor, ...], memory: WeightMemory, *, consume: bool) -> Tensor:
     """Blocks of 16 rows of each part in turn, transposed; zeros fill the last tile."""
     rows, depth = parts[0].shape
     narrow = parts[0].dtype == torch.bfloat16
     padded_depth = depth + (-depth % TILE if narrow else 0)
     n_blocks = len(parts) * -(-rows // BLOCK)
     words, dtype = (padded_depth // 2, torch.int32) if narrow else (padded_depth, torch.float32)
-    out = torch.empty(n_blocks + n_blocks % 2, words, BLOCK, dtype=dtype)  # memory comes as it is written
+    out = memory.empty((n_blocks + n_blocks % 2, words, BLOCK), dtype)
     out[n_blocks:] = 0
     step = BLOCK * max(1, CHUNK_BYTES // (BLOCK * depth * parts[0].element_size()))
     for start in range(0, rows, step):

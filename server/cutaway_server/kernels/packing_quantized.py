@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from cutaway_server.kernels.memory import CHUNK_BYTES, trim
 from cutaway_server.kernels.quantized import GROUP, Integers, Kind, Source
+from cutaway_server.kernels.weight_memory import WeightMemory
 
 BLOCK = 16  # columns side by side
 TILE = 32  # columns of a product's tile
@@ -72,7 +73,9 @@ class PackedStack:
         return sum(part.tiles for part in self.stacked)
 
 
-def pack_quantized(sources: Sequence[Source], bias: Tensor | None, *, consume: bool) -> PackedQuantized:
+def pack_quantized(
+    sources: Sequence[Source], bias: Tensor | None, memory: WeightMemory, *, consume: bool
+) -> PackedQuantized:
     """Pack matrices of one shape and kind, in turn by blocks of 16 columns, or one alone.
 
     To `consume` them they give their memory back, chunk by chunk.
@@ -88,7 +91,7 @@ def pack_quantized(sources: Sequence[Source], bias: Tensor | None, *, consume: b
             part = _blocks(source.integers(start, stop))
             if out is None:
                 columns = rows if len(sources) == 1 else -(-rows // BLOCK) * BLOCK * len(sources)
-                out = _empty(part, len(sources) * -(-rows // BLOCK), bias, columns, depth)
+                out = _empty(part, len(sources) * -(-rows // BLOCK), bias, columns, depth, memory)
             _put(part, out, start // BLOCK * len(sources) + place, len(sources))
             if consume:
                 source.give_back(start, stop)
@@ -128,9 +131,11 @@ def _side_by_side(fields: Tensor) -> Tensor:
     return torch.unflatten(padded, 0, (-1, BLOCK)).movedim(1, -1)
 
 
-def _empty(like: _Blocks, n_blocks: int, bias: Tensor | None, columns: int, depth: int) -> PackedQuantized:
+def _empty(
+    like: _Blocks, n_blocks: int, bias: Tensor | None, columns: int, depth: int, memory: WeightMemory
+) -> PackedQuantized:
     def room(tensor: Tensor) -> Tensor:
-        made = torch.empty(n_blocks + n_blocks % 2, *tensor.shape[1:], dtype=tensor.dtype)
+        made = memory.empty((n_blocks + n_blocks % 2, *tensor.shape[1:]), tensor.dtype)
         made[n_blocks:] = 0
         return made
 

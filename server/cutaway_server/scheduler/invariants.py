@@ -10,17 +10,27 @@ from cutaway_server.scheduler.sequence import Sequence
 
 
 def check_ownership(pool: BlockPool, running: list[Sequence], waiting: list[Sequence]) -> None:
-    """Assert that those running own every block in use, that those waiting own none, and that age is in order."""
+    """Assert that those running own every block in use, that those waiting own none, and that nobody overtakes."""
     pool.check()
     owned = Counter(block for sequence in running for block in sequence.blocks)
     assert all(owned[block] == pool.references(block) for block in range(pool.n_blocks)), "a block has lost its owner"
-    orders = [sequence.order for sequence in running + waiting]
-    assert orders == sorted(set(orders)), "someone was overtaken"
+    for line in (running, waiting):
+        orders = [sequence.order for sequence in line]
+        assert orders == sorted(set(orders)), "a line is out of order"
+    _check_ages(running, waiting)
     for sequence in waiting:
         assert not sequence.finished
         assert (sequence.blocks, sequence.stored, sequence.next) == ([], 0, 0)
     for sequence in running:
         _check_running(pool, sequence)
+
+
+def _check_ages(running: list[Sequence], waiting: list[Sequence]) -> None:
+    """Of one tenant and priority, those who run are older than those who wait."""
+    youngest = {(s.request.tenant, s.order[0]): s.order for s in running}
+    for sequence in waiting:
+        other = youngest.get((sequence.request.tenant, sequence.order[0]))
+        assert other is None or other < sequence.order, "someone was overtaken"
 
 
 def _check_running(pool: BlockPool, sequence: Sequence) -> None:

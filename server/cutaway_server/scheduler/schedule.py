@@ -24,7 +24,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """One step. Its page copies come first, all reads before or in order with the writes; then its rows, oldest first.
+    """One step. Its page copies come first, all reads before or in order with the writes; then its rows, decodes first.
 
     `expired` and `exhausted` sequences are finished already and have given their blocks back: only their clients
     are to be told. A step that fails can't be repeated: finish the sequences it has work for.
@@ -57,12 +57,13 @@ class Draft:
     expired: list[Sequence] = field(default_factory=list)
     exhausted: list[Sequence] = field(default_factory=list)
 
-    def give_rows(self, sequence: Sequence) -> None:
-        """Give `sequence` as many of its pending rows as the budget has."""
+    def give_rows(self, sequence: Sequence) -> int:
+        """Give `sequence` as many of its pending rows as the budget has: the number."""
         rows = sequence.run(self.budget)
         if rows:
             self.work.append(Work(sequence, sequence.next, sequence.next + rows, sequence.stored))
             self.budget -= rows
+        return rows
 
     def freeze(self) -> Schedule:
         """The schedule as it goes to the engine."""

@@ -1,16 +1,16 @@
 """Which sequences run, with which blocks, and which rows of them the next step computes.
 
-Age decides everything. `running` and then `waiting` are in order of arrival, oldest first: admission takes from the
-front of `waiting`, preemption moves the end of `running` there. So the oldest always makes progress, and nobody
-overtakes. In each step
+Whose turn it is, `shares.py` says: within a tenant and a priority that is age, and nobody overtakes. `running` and
+`waiting` are each in order of priority, then age. In each step
 
 1.  what is past its deadline ends;
-2.  each running sequence gets the blocks it will write, if need be by preempting the youngest;
-3.  decodes, which need one row each, get it: no prompt stalls them; where there are any, prompts get no more of the
+2.  each running sequence gets the blocks it will write, if need be by preempting those whose turn is last;
+3.  if somebody could not be admitted in the last step, those who must make way (`displacing.py`) are preempted;
+4.  decodes, which need one row each, get it: no prompt stalls them; where there are any, prompts get no more of the
     token budget than `pace.py` finds fair;
-4.  the oldest prompt gets the rest of the token budget, but for a quarter that younger prompts may take and waiting
-    sequences may be admitted with, so that a short question does not wait for a long one to be read;
-5.  who is admitted gets blocks for all its tokens at once, so that no prompt that has begun waits for blocks in its
+5.  the prompt whose turn is first gets the rest of the token budget, but for a quarter that other prompts may take and
+    waiting sequences may be admitted with, so that a short question does not wait for a long one to be read;
+6.  who is admitted gets blocks for all its tokens at once, so that no prompt that has begun waits for blocks in its
     middle. None are admitted in a step that preempts.
 
 A step costs time proportional to what runs, not to how long contexts are.
@@ -19,19 +19,23 @@ A step costs time proportional to what runs, not to how long contexts are.
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
 from math import inf
 
 from cutaway_server.cache.blocks import BlockPool
 from cutaway_server.errors import InvalidField, QueueFull
 from cutaway_server.request import Request
+from cutaway_server.scheduler.displacing import displaced
 from cutaway_server.scheduler.invariants import check_ownership
 from cutaway_server.scheduler.pace import Pace
 from cutaway_server.scheduler.prefix import PrefixCache
 from cutaway_server.scheduler.schedule import Draft, Schedule
 from cutaway_server.scheduler.sequence import Sequence
+from cutaway_server.scheduler.shares import Shares
 
 RETRY_AFTER_SECONDS = 1.0
-YOUNGER_SHARE = 4  # one part in so many of what decodes leave is for prompts younger than the oldest
+OTHERS_SHARE = 4  # one part in so many of what decodes leave is for other prompts than the first
+CREDIT_STEPS = 8  # a tenant falls behind others by at most so many whole steps
 
 
 class Scheduler:
@@ -56,12 +60,14 @@ class Scheduler:
         self.max_context = max_context
         self.pace = Pace(max_stretch)
         self._prefix = PrefixCache(pool, enabled=prefix_caching)
-        self.running: list[Sequence] = []  # oldest first
-        self.waiting: list[Sequence] = []  # oldest first, and all younger than those running
+        self._shares = Shares(credit=CREDIT_STEPS * max_batch_tokens)
+        self.running: list[Sequence] = []  # by priority, oldest first
+        self.waiting: list[Sequence] = []  # by priority, oldest first
         self._arrivals = 0
         self._timed: dict[Sequence, float] = {}  # the deadlines of unfinished sequences
         self._earliest = inf  # at most the earliest of them
         self._stalled: tuple[Sequence, int] | None = None  # who did not fit, into how many blocks
+        self._refused: Sequence | None = None  # who had the next turn in the last step, and found no room
 
     @property
     def has_work(self) -> bool:
@@ -77,6 +83,11 @@ class Scheduler:
     def n_waiting(self) -> int:
         """Number of sequences that wait, new or preempted."""
         return len(self.waiting)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the next step is sure to admit nobody, and to preempt nobody for one who waits."""
+        return not self.waiting or (self.n_running >= self.max_running and not self._shares.contended)
 
     @property
     def caches_prefixes(self) -> bool:
@@ -95,17 +106,19 @@ class Scheduler:
             QueueFull: too many wait.
         """
         self.refuse(request)
-        order = (self._arrivals, 0)
+        order = (-request.priority, self._arrivals, 0)
         sequence = Sequence(request, 0, order, list(request.prompt), slots=_slots(request))
         self._arrivals += 1
-        self.waiting.append(sequence)
+        _enter(self.waiting, sequence)
+        self._shares.arrive(sequence)
         self._time(sequence)
         return sequence
 
     def refuse(self, request: Request, arriving: int = 0) -> None:
         """Raise what `add` would. `arriving` requests are on their way and count as waiting. Safe from any thread.
 
-        Requests that a free place is there for do not wait, though it takes a step to place them.
+        Requests that a free place is there for do not wait, though it takes a step to place them. A tenant may have at
+        most as many waiting as may then still wait of others.
 
         Raises:
             InvalidField: it can never run here.
@@ -113,8 +126,14 @@ class Scheduler:
         """
         self._refuse_impossible(request)
         waiting = len(self.waiting) + arriving
-        if waiting - max(0, self.max_running - self.n_running) >= self.max_queued:
+        left = self.max_queued - waiting + max(0, self.max_running - self.n_running)
+        if left <= 0:
             raise QueueFull(f"{waiting} requests are waiting, and no more may", RETRY_AFTER_SECONDS)
+        if request.tenant and 2 * left <= self.max_queued:
+            own = sum(sequence.request.tenant == request.tenant for sequence in self.waiting.copy())
+            if own >= left:
+                rule = f"{own} of your requests are waiting, and what is left of the queue is for others"
+                raise QueueFull(rule, RETRY_AFTER_SECONDS)
 
     def _refuse_impossible(self, request: Request) -> None:
         prompt, sampling = len(request.prompt), request.sampling
@@ -136,23 +155,16 @@ class Scheduler:
         draft = Draft(self.max_batch_tokens)
         self._expire(now, draft)
         self._reserve(draft)
+        self._displace(draft)
         prompts = []
         for sequence in self.running:
             if sequence.pending > 1:
                 prompts.append(sequence)
             else:
-                draft.give_rows(sequence)
+                self._give_rows(sequence, draft)
         draft.decodes = len(draft.work)
         draft.budget = self.pace.prompt_rows(draft.decodes, len(prompts) + len(self.waiting), draft.budget)
-        kept = min(prompts[0].pending, draft.budget - draft.budget // YOUNGER_SHARE) if prompts else 0
-        draft.budget -= kept
-        for sequence in prompts[1:]:
-            draft.give_rows(sequence)
-        if self.waiting and not draft.preempted:
-            self._admit(draft)
-        draft.budget += kept
-        for sequence in prompts[:1]:
-            draft.give_rows(sequence)
+        self._read(deque(self._shares.ranked(prompts)), draft)
         return draft.freeze()
 
     def complete(self, schedule: Schedule) -> None:
@@ -202,7 +214,7 @@ class Scheduler:
         twin = Sequence(
             sequence.request,
             index,
-            (sequence.order[0], index),
+            (*sequence.order[:2], index),
             list(sequence.tokens),
             blocks=list(sequence.blocks),
             stored=sequence.stored,
@@ -214,7 +226,8 @@ class Scheduler:
         for block in twin.blocks:
             self.pool.share(block, twin.owner)
         sequence.slots -= 1
-        insort(self.running, twin, key=lambda sequence: sequence.order)
+        _enter(self.running, twin)
+        self._shares.arrive(twin)
         self._time(twin)
         return twin
 
@@ -225,6 +238,7 @@ class Scheduler:
         sequence.finished = True
         (self.running if sequence.blocks else self.waiting).remove(sequence)
         self._timed.pop(sequence, None)
+        self._shares.leave(sequence)
         self._give_back(sequence)
 
     def check(self) -> None:
@@ -249,31 +263,43 @@ class Scheduler:
         self._earliest = min(self._timed.values(), default=inf)
 
     def _reserve(self, draft: Draft) -> None:
-        """Give each running sequence the blocks it will write. Only the youngest lose theirs, who had no turn yet."""
-        turn = 0
-        while turn < len(self.running):
-            sequence = self.running[turn]
+        """Give each running sequence the blocks it will write. Only the last lose theirs, who had no turn yet."""
+        line, turn = self._shares.ranked(self.running), 0
+        while turn < len(line):
+            sequence = line[turn]
             if not self._missing(sequence):
                 turn += 1
-            elif self._make_room(sequence, draft):
+            elif self._make_room(sequence, line, draft):
                 self._grow(sequence, draft)
                 turn += 1
 
-    def _make_room(self, sequence: Sequence, draft: Draft) -> bool:
-        """Preempt until `sequence` can grow. False if that took `sequence` itself."""
+    def _make_room(self, sequence: Sequence, line: list[Sequence], draft: Draft) -> bool:
+        """Preempt from the end of `line` until `sequence` can grow. False if that took `sequence` itself."""
         while self._missing(sequence) > self.pool.available:
-            if len(self.running) == 1:
-                self.finish(sequence)
-                draft.exhausted.append(sequence)
+            last = line.pop()
+            if not line:
+                self.finish(last)
+                draft.exhausted.append(last)
                 return False
-            youngest = self.running.pop()
-            self._give_back(youngest)
-            youngest.preemptions += 1
-            self.waiting.insert(0, youngest)
-            draft.preempted.append(youngest)
-            if youngest is sequence:
+            self._preempt(last, draft)
+            if last is sequence:
                 return False
         return True
+
+    def _preempt(self, sequence: Sequence, draft: Draft) -> None:
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        sequence.preemptions += 1
+        _enter(self.waiting, sequence)
+        draft.preempted.append(sequence)
+
+    def _displace(self, draft: Draft) -> None:
+        """Preempt those who must make way for who was refused a place; it is admitted in a later step."""
+        refused, self._refused = self._refused, None
+        if refused is None or refused.finished or draft.preempted or not self._shares.contended:
+            return
+        for sequence in displaced(refused, self.running, self.max_running, self.pool, self._shares):
+            self._preempt(sequence, draft)
 
     def _missing(self, sequence: Sequence) -> int:
         """Blocks to take before its next rows are stored."""
@@ -297,15 +323,42 @@ class Scheduler:
         for _ in range(self._pages(len(sequence.tokens)) - len(sequence.blocks)):
             sequence.blocks.append(self.pool.take(sequence.owner))
 
-    def _admit(self, draft: Draft) -> None:
+    def _read(self, prompts: deque[Sequence], draft: Draft) -> None:
+        """Give the rest of the budget to `prompts`, which run, and to those who are admitted, whose turn is first."""
+        if not prompts:
+            self._admit(draft)
+            return
+        self._admit(draft, before=prompts[0])
+        first = prompts.popleft()
+        kept = min(first.pending, draft.budget - draft.budget // OTHERS_SHARE)
+        draft.budget -= kept
+        for sequence in prompts:
+            self._give_rows(sequence, draft)
+        self._admit(draft)
+        draft.budget += kept
+        self._give_rows(first, draft)
+
+    def _admit(self, draft: Draft, before: Sequence | None = None) -> None:
+        """Admit those whose turn is next, and comes before that of `before`, for as long as there is room."""
+        if not self.waiting or draft.preempted or self._refused is not None:
+            return
         free = self.max_running - self.n_running
-        while draft.budget and self.waiting and self.waiting[0].slots <= free and self._place(self.waiting[0]):
-            sequence = self.waiting.pop(0)
-            self.running.append(sequence)
+        while draft.budget and self.waiting:
+            sequence = self._shares.first(self.waiting)
+            if before is not None and self._shares.turn(before) < self._shares.turn(sequence):
+                return
+            if sequence.slots > free or not self._place(sequence):
+                self._refused = sequence
+                return
+            self.waiting.remove(sequence)
+            _enter(self.running, sequence)
             free -= sequence.slots
             if not sequence.preemptions:
                 draft.started.append((sequence, sequence.stored))
-            draft.give_rows(sequence)
+            self._give_rows(sequence, draft)
+
+    def _give_rows(self, sequence: Sequence, draft: Draft) -> None:
+        self._shares.charge(sequence, draft.give_rows(sequence))
 
     def _place(self, sequence: Sequence) -> bool:
         """Give a waiting sequence blocks for all its tokens, shared where they are cached. False if too few are left.
@@ -336,6 +389,14 @@ class Scheduler:
             self.pool.release(block, sequence.owner)
         sequence.blocks = []
         sequence.stored = sequence.next = 0
+
+
+def _enter(line: list[Sequence], sequence: Sequence) -> None:
+    """Put `sequence` in its place; most come last."""
+    if not line or line[-1].order < sequence.order:
+        line.append(sequence)
+    else:
+        insort(line, sequence, key=lambda other: other.order)
 
 
 def _slots(request: Request) -> int:

@@ -18,7 +18,7 @@ class Sequence:
 
     request: Request
     index: int
-    order: tuple[int, int]  # arrival number and index: the smaller, the older
+    order: tuple[int, int, int]  # priority (turned round), arrival number, index: the smaller, the sooner
     tokens: list[int]  # prompt and output
     slots: int = 1  # completions it stands for: `sampling.n` until it is forked
     blocks: list[int] = field(default_factory=list)  # grows in place; any other change is a new list

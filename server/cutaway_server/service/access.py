@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import grpc
@@ -14,6 +13,7 @@ import grpc
 from cutaway_server.errors import QueueFull
 from cutaway_server.service.caller import ANYBODY, CALL, NOBODY, Call, Caller, Scope
 from cutaway_server.service.credentials import CredentialStore
+from cutaway_server.service.quotas import Quotas
 from cutaway_server.service.status import Context, PermissionDenied, Unauthenticated, abort, name_of
 
 if TYPE_CHECKING:  # only the stubs make these generic
@@ -44,6 +44,7 @@ METHODS: Mapping[str, frozenset[Scope]] = {
     INTROSPECTION + "GetHiddenStates": INTROSPECT,
     INTROSPECTION + "GetAttention": INTROSPECT,
     INTROSPECTION + "LogitLens": INTROSPECT,
+    INTROSPECTION + "SelfCheck": INTROSPECT,
     INTROSPECTION + "Estimate": INTROSPECT,
     INTROSPECTION + "GetCacheStats": OBSERVE,
     INTROSPECTION + "GetBlocks": OBSERVE,
@@ -59,7 +60,6 @@ METHODS: Mapping[str, frozenset[Scope]] = {
     REFLECTION.format("v1alpha"): KNOWN,
 }
 BEARER = "bearer "
-RETRY_AFTER_SECONDS = 1.0
 
 
 class Recorder(Protocol):
@@ -75,11 +75,11 @@ class Gate(Interceptor):
     A key is checked before the request is read; a certificate only where there is no key, once it can be seen.
     """
 
-    def __init__(self, store: CredentialStore | None, recorder: Recorder | None) -> None:
+    def __init__(self, store: CredentialStore | None, recorder: Recorder | None, quotas: Quotas) -> None:
         """Guard the server by the credentials of `store`; with None nobody is asked for any."""
         self._store = store
         self._recorder = recorder
-        self._open: Counter[str] = Counter()  # calls by tenant
+        self._quotas = quotas
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: Any
@@ -136,15 +136,14 @@ class Gate(Interceptor):
         async def behaviour(request: Any, context: Context) -> Any:
             call = Call(method, known or NOBODY)
             CALL.set(call)
-            with self._recorded(call, context):
+            with self._recorded(call, context), ExitStack() as place:
                 try:
                     call.caller = caller = known or self._certified(context)
                     check(caller, method)
-                    place = self._place(caller)
+                    place.enter_context(self._quotas.call(caller))
                 except (Unauthenticated, PermissionDenied, QueueFull) as error:
                     return await abort(context, error)
-                with place:
-                    return await inner(request, context)
+                return await inner(request, context)
 
         kind = ("stream" if handler.request_streaming else "unary", "stream" if handler.response_streaming else "unary")
         inner = cast(Behaviour, getattr(handler, "_".join(kind)))
@@ -158,22 +157,6 @@ class Gate(Interceptor):
 
         # Whatever kind of call it is: a handler of streams runs before anything of the request has been read.
         return grpc.stream_stream_rpc_method_handler(cast(Any, refuse))
-
-    def _place(self, caller: Caller) -> Any:
-        if caller.max_calls is not None and self._open[caller.tenant] >= caller.max_calls:
-            rule = f"as many calls of tenant {caller.tenant!r} are open as may be: {caller.max_calls}"
-            raise QueueFull(rule, RETRY_AFTER_SECONDS)
-        return self._taken(caller.tenant)
-
-    @contextmanager
-    def _taken(self, tenant: str) -> Iterator[None]:
-        self._open[tenant] += 1
-        try:
-            yield
-        finally:
-            self._open[tenant] -= 1
-            if not self._open[tenant]:
-                del self._open[tenant]
 
     @contextmanager
     def _recorded(self, call: Call, context: Context) -> Iterator[None]:

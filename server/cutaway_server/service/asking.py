@@ -20,6 +20,7 @@ from cutaway_server.request import (
     check_bad_words,
     resolve_sampling,
 )  # fmt: skip
+from cutaway_server.service.caller import ANYBODY, Caller
 from cutaway_server.service.capturing import captures_of
 from cutaway_server.service.editing import edits_of
 from cutaway_server.service.outbox import token_size
@@ -48,9 +49,9 @@ def ask(
     limits: Limits,
     arrival: float,
     deadline: float | None,
-    tenant: str = "",
+    caller: Caller = ANYBODY,
 ) -> Asked:
-    """Check and tokenise a request of `tenant`. Times are seconds of time.monotonic().
+    """Check and tokenise a request of `caller`. Times are seconds of time.monotonic().
 
     Raises:
         InvalidField: names the field, the value and the rule.
@@ -66,8 +67,10 @@ def ask(
         sampling,
         arrival,
         deadline,
-        tenant,
+        caller.tenant,
         prefix_caching=is_set(message, "prefix_caching", default=True),
+        priority=caller.priority,
+        share=caller.share,
         captures=captures,
         edits=edits_of(message.edits, limits.facts.config, len(prompt), sampling.max_tokens),
     )

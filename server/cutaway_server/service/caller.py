@@ -20,13 +20,16 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A name that was proven, by `proof`, and what comes with it. `max_calls`: of its tenant at a time; None: any."""
+    """A name that was proven, and what comes with it."""
 
     name: str
     proof: str  # "key", "certificate", or "none" where the server asks for none
     tenant: str
     scopes: frozenset[Scope]
-    max_calls: int | None = None
+    max_calls: int | None = None  # of its tenant at a time; None: any
+    max_capture_bytes: int | None = None  # that its tenant's requests hold at a time; None: any
+    priority: int = 0  # of its requests; the higher, the sooner
+    share: float = 1.0  # of its tenant in what is computed, beside those of others
 
 
 NOBODY = Caller("", "none", "", frozenset())  # who is not known

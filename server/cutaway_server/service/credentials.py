@@ -49,6 +49,7 @@ class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid")
     scopes: list[Scope] = Field(min_length=1)
     tenant: str = Field(pattern=f"^{NAME}$")
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
 
 
 class _Key(_Entry):
@@ -63,7 +64,9 @@ class _Certificate(_Entry):
 class _Tenant(BaseModel):
     model_config = ConfigDict(extra="forbid")
     name: str = Field(pattern=f"^{NAME}$")
-    max_calls: Annotated[int, Field(ge=1)]
+    max_calls: Annotated[int, Field(ge=1)] | None = None
+    max_capture_bytes: Annotated[int, Field(ge=0)] | None = None
+    share: Annotated[float, Field(ge=0.01, le=100)] = 1.0
 
 
 class _File(BaseModel):
@@ -140,15 +143,25 @@ def read_credentials(path: Path) -> Credentials:
     for kind, entries in (("key", parsed.key), ("certificate", parsed.certificate), ("tenant", parsed.tenant)):
         _refuse_twins(path, kind, [entry.name for entry in entries])
     _refuse_twins(path, "key", [entry.sha256 for entry in parsed.key], shown="sha256")
-    limits = {tenant.name: tenant.max_calls for tenant in parsed.tenant}
+    tenants = {tenant.name: tenant for tenant in parsed.tenant}
     return Credentials(
-        tuple((entry.sha256, _caller(entry, "key", limits)) for entry in parsed.key),
-        {entry.name: _caller(entry, "certificate", limits) for entry in parsed.certificate},
+        tuple((entry.sha256, _caller(entry, "key", tenants)) for entry in parsed.key),
+        {entry.name: _caller(entry, "certificate", tenants) for entry in parsed.certificate},
     )
 
 
-def _caller(entry: _Key | _Certificate, proof: str, limits: Mapping[str, int]) -> Caller:
-    return Caller(entry.name, proof, entry.tenant, frozenset(entry.scopes), limits.get(entry.tenant))
+def _caller(entry: _Key | _Certificate, proof: str, tenants: Mapping[str, _Tenant]) -> Caller:
+    tenant = tenants.get(entry.tenant) or _Tenant(name=entry.tenant)
+    return Caller(
+        entry.name,
+        proof,
+        entry.tenant,
+        frozenset(entry.scopes),
+        tenant.max_calls,
+        tenant.max_capture_bytes,
+        entry.priority,
+        tenant.share,
+    )
 
 
 def _refuse_twins(path: Path, kind: str, values: list[str], shown: str | None = None) -> None:

@@ -12,6 +12,8 @@ from cutaway_server.config import Config
 from cutaway_server.engine.build import EngineFacts
 from cutaway_server.service import texts
 from cutaway_server.service.caller import Caller
+from cutaway_server.service.capturing import MAX_CAPTURES
+from cutaway_server.service.editing import MAX_EDITS
 from cutaway_server.service.tokens import wire_sampling
 from cutaway_server.text.tokenizer import TextModel
 
@@ -89,4 +91,7 @@ def _limits(config: Config, facts: EngineFacts, caller: Caller) -> v1.Limits:
         max_backlog_bytes=config.max_backlog,
         max_streams=config.max_streams,
         max_calls=caller.max_calls,
+        max_captures=MAX_CAPTURES,
+        max_capture_bytes=config.max_capture_bytes,
+        max_edits=MAX_EDITS,
     )

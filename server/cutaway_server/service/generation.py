@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from cutaway.v1 import inference_pb2 as v1
 from google.protobuf.message import Message
 
 from cutaway_server.config import Config
 from cutaway_server.engine.build import EngineFacts
-from cutaway_server.errors import QueueFull
+from cutaway_server.errors import InvalidField, QueueFull
 from cutaway_server.service.asking import Limits, ask, name_of
 from cutaway_server.service.caller import Caller, Scope, current
 from cutaway_server.service.describing import started
 from cutaway_server.service.desk import Desk
+from cutaway_server.service.quotas import Quotas
 from cutaway_server.service.reply import Asked, Reply
 from cutaway_server.service.status import Context, Loading, PermissionDenied
 from cutaway_server.service.workers import Workers
@@ -27,6 +29,7 @@ from cutaway_server.text.tokenizer import TextModel
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1.0
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +43,12 @@ class Served:
 class Generation:
     """Computes requests. `served` is set when the model is ready; until then calls are UNAVAILABLE."""
 
-    def __init__(self, desk: Desk, workers: Workers, config: Config) -> None:
+    def __init__(self, desk: Desk, workers: Workers, config: Config, quotas: Quotas) -> None:
         self.served: Served | None = None
         self._desk = desk
         self._workers = workers
         self._config = config
+        self._quotas = quotas
         self._held = 0  # bytes that captures of requests at work may come to
 
     def ready(self) -> Served:
@@ -72,16 +76,41 @@ class Generation:
         """
         served, call = self.ready(), current()
         check_scopes(request, call.caller)
-        work = partial(
-            ask, request, served.text, limits or self.limits(), time.monotonic(), deadline, call.caller.tenant
-        )
+        work = partial(ask, request, served.text, limits or self.limits(), time.monotonic(), deadline, call.caller)
         return await self._workers.run(work, request.ByteSize())
+
+    async def work(self, function: Callable[[], R]) -> R:
+        """Call a function on a worker thread."""
+        return await self._workers.run(function, 0)
 
     # Writing to the context, rather than yielding, lets a cancelled call clean up at once.
     async def stream(
         self, request: v1.GenerateRequest, context: Context, wrap: Callable[[v1.GenerateResponse], Message]
     ) -> None:
         """Stream one request's events, each as the message that `wrap` makes of it."""
+        async with self._answering(request, context) as reply:
+            while messages := await reply.take():
+                for message in messages:
+                    await context.write(wrap(message))
+
+    async def run(
+        self, request: v1.GenerateRequest, context: Context, take: Callable[[v1.GenerateResponse], None], *,
+        most_tokens: int,
+    ) -> None:  # fmt: skip
+        """Compute a request of at most so many prompt tokens for the server's own use: hand each event to `take`.
+
+        Raises:
+            InvalidField: the prompt is longer, or has less than two tokens.
+        """
+        async with self._answering(request, context, most_tokens) as reply:
+            while messages := await reply.take():
+                for message in messages:
+                    take(message)
+
+    @asynccontextmanager
+    async def _answering(
+        self, request: v1.GenerateRequest, context: Context, most_tokens: int | None = None
+    ) -> AsyncIterator[Reply]:
         served = self.ready()
         self._desk.admit()
         remaining = context.time_remaining()
@@ -91,13 +120,19 @@ class Generation:
         with self._desk.arriving(request.request_id, call.caller.tenant):
             asked = await self.ask(request, deadline)
             call.request_id = request.request_id
+            length = len(asked.request.prompt)
+            if most_tokens is not None and not 2 <= length <= most_tokens:
+                raise InvalidField("generate.prompt", f"{length} tokens", f"must have 2 to {most_tokens}")
             if self._config.log_prompts:
                 log.info("request %s: prompt %r", call.request_id, served.text.decode(asked.request.prompt))
             make = partial(Reply, asked, started(served.facts), self._config.max_backlog)
-            with self._holding(asked.capture_bytes), self._desk.stream(asked.request, make) as reply:
-                while messages := await reply.take():
-                    for message in messages:
-                        await context.write(wrap(message))
+            size = asked.capture_bytes
+            with (
+                self._quotas.captures(call.caller, size),
+                self._holding(size),
+                self._desk.stream(asked.request, make) as reply,
+            ):
+                yield reply
 
     @contextmanager
     def _holding(self, size: int) -> Iterator[None]:

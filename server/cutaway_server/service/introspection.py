@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from cutaway.v1 import capture_pb2, inference_pb2
 from cutaway.v1 import introspection_pb2 as v1
@@ -15,6 +16,7 @@ from cutaway_server.probe.points import Cost, Point, aliases_of, points_of, size
 from cutaway_server.service.asking import bytes_of, check_budget
 from cutaway_server.service.generation import Generation
 from cutaway_server.service.selecting import indices
+from cutaway_server.service.self_check import LONGEST, Gathered, check_request, told
 from cutaway_server.service.status import Context
 
 COSTS = {
@@ -86,6 +88,13 @@ class Introspection:
             capture.top_k.k = request.top_k
         await self._generation.stream(asked, context, lambda event: v1.GetAttentionResponse(event=event))
 
+    async def SelfCheck(self, request: v1.SelfCheckRequest, context: Context) -> v1.SelfCheckResponse:
+        """Test what must hold."""
+        facts = self._generation.ready().facts
+        gathered = Gathered(facts)
+        await self._generation.run(check_request(request.generate, facts), context, gathered.take, most_tokens=LONGEST)
+        return await self._generation.work(partial(told, gathered, facts))
+
     async def Estimate(self, request: v1.EstimateRequest, context: Context) -> v1.EstimateResponse:
         """Tell what a request would send and cost. What breaks a rule is refused as by the call itself."""
         limits = self._generation.limits()
@@ -94,7 +103,7 @@ class Introspection:
         unbounded.ClearField("max_capture_bytes")
         asked = await self._generation.ask(unbounded, limits=replace(limits, max_capture_bytes=ENDLESS))
         sizes = bytes_of(asked.request, limits)
-        told = v1.EstimateResponse(
+        answer = v1.EstimateResponse(
             bytes=sum(sizes), capture_bytes=sizes, max_bytes=limits.max_capture_bytes,
             open_layers=open_layers(asked.request.captures),
         )  # fmt: skip
@@ -102,8 +111,8 @@ class Introspection:
         try:
             check_budget(sum(sizes), allowed, limits.max_capture_bytes)
         except OverBudget as error:
-            told.refusal = str(error)
-        return told
+            answer.refusal = str(error)
+        return answer
 
 
 def of_the_prompt(request: inference_pb2.GenerateRequest) -> inference_pb2.GenerateRequest:

@@ -12,7 +12,7 @@ from cutaway.v1 import machine_pb2 as v1
 
 from cutaway_server.config import Config
 from cutaway_server.engine.engine import Engine
-from cutaway_server.engine.machine import cached_prefix, ledger, requests_state
+from cutaway_server.engine.machine import cache_state, cached_prefix, ledger, requests_state
 from cutaway_server.engine.stored import find_stored, read_stored
 from cutaway_server.errors import NotFound
 from cutaway_server.scheduler.prefix import digests_of
@@ -52,8 +52,7 @@ class Machine:
     async def GetCacheStats(self, request: v1.GetCacheStatsRequest, context: Context) -> v1.GetCacheStatsResponse:
         """Count the blocks."""
         _, served = self._ready()
-        taken = await self._look(partial(ledger, tenant=_tenant(), tokens=False))
-        return await self._workers.run(partial(stats_of, taken, served.facts.dtype))
+        return stats_of(await self._look(partial(cache_state, tenant=_tenant())), served.facts.dtype)
 
     async def GetBlocks(self, request: v1.GetBlocksRequest, context: Context) -> None:
         """Stream the blocks."""
@@ -112,7 +111,8 @@ class Machine:
         """Look for a prompt in the prefix cache."""
         asked = (await self._generation.ask(request.generate)).request
         pool = await self._look(lambda engine: engine.scheduler.pool)
-        digests = await self._workers.run(partial(digests_of, pool, asked)) if asked.prefix_caching else []
+        hashing = partial(digests_of, pool, asked)
+        digests = await self._workers.run(hashing) if asked.prefix_caching else []
         found = await self._look(cached_prefix(digests))
         n_tokens, size = len(asked.prompt), pool.page_size
         return v1.PredictCacheHitResponse(

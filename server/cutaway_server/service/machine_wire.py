@@ -16,7 +16,6 @@ from cutaway_server.engine.machine import (
     RequestsState,
     RequestState,
     blocks_of,
-    own_counts,
 )  # fmt: skip
 from cutaway_server.engine.observed import PHASES
 from cutaway_server.engine.watched import StepReport
@@ -39,16 +38,14 @@ def own_name(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def stats_of(ledger: Ledger, dtype: str) -> v1.GetCacheStatsResponse:
+def stats_of(state: CacheState, dtype: str) -> v1.GetCacheStatsResponse:
     """The pool in numbers."""
-    state = ledger.state
-    used, cached = own_counts(ledger)
     return v1.GetCacheStatsResponse(
         blocks_total=state.total, blocks_used=state.used, blocks_cached=state.cached, blocks_free=state.free,
         blocks_retained=state.retained, page_size=state.page_size, block_bytes=state.block_bytes,
         fragmentation=_fragmentation(state), prefix_queried_tokens=state.queried_tokens,
         prefix_hit_tokens=state.hit_tokens, evictions=state.evictions, preemptions=state.preemptions,
-        requests_retained=state.runs, own_blocks_used=used, own_blocks_cached=cached,
+        requests_retained=state.runs, own_blocks_used=state.own_used, own_blocks_cached=state.own_cached,
         prefix_caching=state.prefix_caching, dtype=dtype,
     )  # fmt: skip
 
@@ -60,7 +57,7 @@ def _fragmentation(state: CacheState) -> float:
 def blocks_messages(ledger: Ledger, dtype: str, request_id: str, spell: Spell) -> Iterator[v1.GetBlocksResponse]:
     """The tenant's blocks, of one request if it is named, in messages that any client takes."""
     found = [b for b in blocks_of(ledger) if not request_id or _concerns(b, request_id)]
-    stats = stats_of(ledger, dtype)
+    stats = stats_of(ledger.state, dtype)
     for start in range(0, max(1, len(found)), BLOCKS_AT_ONCE):
         part = [_block(block, spell) for block in found[start : start + BLOCKS_AT_ONCE]]
         yield v1.GetBlocksResponse(stats=None if start else stats, blocks=part)

@@ -29,6 +29,7 @@ from cutaway_server.service.machine import Machine
 from cutaway_server.service.methods import methods_of
 from cutaway_server.service.metrics import Metrics
 from cutaway_server.service.probes import probes
+from cutaway_server.service.quotas import Quotas
 from cutaway_server.service.reflection import V1, V1ALPHA, Reflection
 from cutaway_server.service.tls import Certificates
 from cutaway_server.service.workers import Workers
@@ -58,7 +59,8 @@ class Server:
         self._config = config
         self._workers = Workers(config.tokenizer_threads, config.max_running + config.max_queued)
         self.desk = Desk(asyncio.get_running_loop())
-        self._generation = Generation(self.desk, self._workers, config)
+        self.quotas = Quotas()
+        self._generation = Generation(self.desk, self._workers, config, self.quotas)
         self._machine = Machine(self._generation, self._workers, config)
         self._health = Health(("", INFERENCE.full_name, INTROSPECTION.full_name))
         self.metrics = Metrics(config)
@@ -66,7 +68,7 @@ class Server:
         self._tls = _tls(config)
         self._audit = AuditLog(config.audit_log) if config.audit_log is not None else None
         self._grpc = grpc.aio.server(
-            interceptors=[self.metrics.calls, Gate(self._credentials, self._audit)],
+            interceptors=[self.metrics.calls, Gate(self._credentials, self._audit, self.quotas)],
             options=bounds.options(config),
             maximum_concurrent_rpcs=bounds.most_calls(config),
         )

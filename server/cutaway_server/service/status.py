@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
@@ -97,6 +98,9 @@ def answering(
         try:
             request = _parsed(data, kind) if isinstance(data, bytes) else _each_parsed(data, kind)
             return await handler(request, context)
+        except grpc.aio.InternalError:  # what cannot be sent has no reader any more, though gRPC has not told so yet
+            log.info("%s: the client has left", handler.__name__)
+            raise asyncio.CancelledError from None
         except Exception as error:
             code = status_of(error).code
             if code is grpc.StatusCode.INTERNAL:

@@ -12,6 +12,7 @@ from cutaway_server.text.tokenizer import ChatMessage, Encoded, TextModel, WordM
 MAX_MESSAGES = 4096
 MAX_DETOKENIZED = 2**18
 MAX_ANSWER_BYTES = 4 * 2**20  # stock clients refuse larger messages
+MAX_TOKENIZED = MAX_ANSWER_BYTES // 8  # each takes more bytes than that
 
 Input = v1.GenerateRequest | v1.TokenizeRequest
 
@@ -44,6 +45,7 @@ def encode_text(message: v1.TokenizeRequest, model: TextModel, max_bytes: int) -
         message.text,
         add_special_tokens=is_set(message, "add_special_tokens", default=True),
         parse_special_tokens=is_set(message, "parse_special_tokens", default=False),
+        check=_check_count,
     )
 
 
@@ -54,7 +56,8 @@ def encode_chat(chat: v1.Chat, model: TextModel, max_bytes: int) -> tuple[str, E
         InvalidField: it is empty, or too long, or has too many turns, or the template refuses it.
         Unsupported: the model has no template.
     """
-    return model.encode_chat(_turns(chat, max_bytes), add_generation_prompt=_prompted(chat))
+    turns = _turns(chat, max_bytes)
+    return model.encode_chat(turns, add_generation_prompt=_prompted(chat), check=_check_count)
 
 
 def prompt_ids(message: v1.GenerateRequest, model: TextModel, max_bytes: int, most: int) -> tuple[int, ...]:
@@ -135,6 +138,12 @@ def tokenize(message: v1.TokenizeRequest, model: TextModel, max_bytes: int) -> v
     )
     _check_answer("input", len(encoded.ids), answer.ByteSize())
     return answer
+
+
+def _check_count(count: int) -> None:
+    """Refuse what cannot fit an answer before it is looked at token by token."""
+    if count > MAX_TOKENIZED:
+        raise InvalidField("input", f"{count} tokens", f"at most {MAX_TOKENIZED} are told at once: send it in parts")
 
 
 def _check_answer(field: str, n_tokens: int, size: int) -> None:

@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 
 from cutaway_server.cache.events import BlockEvent
 from cutaway_server.engine.engine import Engine
-from cutaway_server.engine.machine import Ledger, ledger
+from cutaway_server.engine.machine import CacheState, cache_state
 from cutaway_server.engine.watched import StepReport, Told
 from cutaway_server.service.status import Backlog
 
@@ -38,7 +38,7 @@ class Watcher(Generic[Item]):
 
     def __init__(self, tenant: str, weigh: Callable[[Item], int], what: str) -> None:
         self.tenant = tenant
-        self.began: asyncio.Future[Ledger] = asyncio.get_running_loop().create_future()
+        self.began: asyncio.Future[CacheState] = asyncio.get_running_loop().create_future()
         self._weigh: Callable[[Item], int] = weigh
         self._what = what
         self._unread: deque[Item] = deque()
@@ -51,7 +51,7 @@ class Watcher(Generic[Item]):
         """Whether it gets nothing more."""
         return self._error is not None
 
-    def begin(self, state: Ledger) -> None:
+    def begin(self, state: CacheState) -> None:
         """What is put from now on came after `state`."""
         if not self.began.done():
             self.began.set_result(state)
@@ -151,7 +151,7 @@ class Watchers:
             engine.watched.flush()  # what happened before is for those who watched before
             engine.watched.watch(tell, steps=steps, blocks=blocks, tokens=tokens)
             if watcher is not None:
-                loop.call_soon_threadsafe(watcher.begin, ledger(engine, watcher.tenant, tokens=False))
+                loop.call_soon_threadsafe(watcher.begin, cache_state(engine, watcher.tenant))
 
         return begin
 

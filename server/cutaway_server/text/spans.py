@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 Span = tuple[int, int]
 
 
-def byte_spans(text: str, contents: Sequence[bytes], characters: Sequence[Span], added: Sequence[bool]) -> list[Span]:
+def byte_spans(
+    text: str, contents: Sequence[bytes], characters: Callable[[], Sequence[Span]], added: Sequence[bool]
+) -> tuple[list[int], list[int]]:
     """Find each token's bytes in the UTF-8 of `text`.
 
     A token covers the bytes that it stands for, less the space that SentencePiece puts before a first word. Where the
@@ -17,26 +19,31 @@ def byte_spans(text: str, contents: Sequence[bytes], characters: Sequence[Span],
     Args:
         text: the text.
         contents: each token's bytes.
-        characters: the characters each token was made from, as the tokenizers library tells.
+        characters: gives the characters each token was made from, as the tokenizers library tells; seldom needed.
         added: tokens that stand for nothing in the text; their span is empty.
+
+    Returns:
+        Where they start, and where they end: numbers, since of many pairs the garbage collector would lose count.
     """
     encoded = text.encode()
     made_from: list[Span] | None = None
-    spans: list[Span] = []
+    starts: list[int] = []
+    ends: list[int] = []
     place = 0
     for number, (content, extra) in enumerate(zip(contents, added, strict=True)):
         if extra:
-            span = (place, place)
+            start, end = place, place
         elif encoded.startswith(content, place):
-            span = (place, place + len(content))
+            start, end = place, place + len(content)
         elif content.startswith(b" ") and _continues(encoded, content[1:], place):
-            span = (place, place + len(content) - 1)
+            start, end = place, place + len(content) - 1
         else:
-            made_from = _byte_places(text, characters) if made_from is None else made_from
-            span = made_from[number]
-        spans.append(span)
-        place = max(place, span[1])
-    return spans
+            made_from = _byte_places(text, characters()) if made_from is None else made_from
+            start, end = made_from[number]
+        starts.append(start)
+        ends.append(end)
+        place = max(place, end)
+    return starts, ends
 
 
 def _continues(encoded: bytes, content: bytes, place: int) -> bool:

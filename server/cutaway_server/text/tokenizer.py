@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -24,6 +24,8 @@ from cutaway_server.text.template import ChatTemplate
 __all__ = ["ChatMessage", "Encoded", "Merge", "TextModel", "WordMerges"]
 
 MAX_RETRACED_SYMBOLS = 100_000
+
+LengthCheck = Callable[[int], None]
 
 
 class TextModel:
@@ -65,19 +67,27 @@ class TextModel:
         """
         return cls(source_from_gguf(metadata))
 
-    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special_tokens: bool = False) -> Encoded:
+    def encode(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        parse_special_tokens: bool = False,
+        check: LengthCheck | None = None,
+    ) -> Encoded:
         """Turn `text` into tokens.
 
         Args:
             text: the text.
             add_special_tokens: add the tokens that the model expects around a text, such as a first BOS.
             parse_special_tokens: read special tokens that are written in the text as such; else they are plain text.
+            check: is told how many tokens there are before anything is done for each of them, and may raise.
 
         Raises:
             InvalidField: the text is not Unicode, or writes a special token that this tokenizer can't spell out.
         """
         check_unicode("text", text)
-        return self._encoded(text, self._read(text, add=add_special_tokens, parse=parse_special_tokens))
+        return self._encoded(text, self._read(text, check, add=add_special_tokens, parse=parse_special_tokens))
 
     def prompt_ids(
         self, text: str, most: int, *, add_special_tokens: bool = True, parse_special_tokens: bool = False
@@ -88,16 +98,20 @@ class TextModel:
             InvalidField: as `encode`, or it has more.
         """
         check_unicode("text", text)
-        self._check_fits(text, most)
-        return tuple(self._read(text, add=add_special_tokens, parse=parse_special_tokens).ids)
+        check = self._check_fits(text, most)
+        return tuple(self._read(text, check, add=add_special_tokens, parse=parse_special_tokens).ids)
 
     def encode_chat(
-        self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        check: LengthCheck | None = None,
     ) -> tuple[str, Encoded]:
         """Lay out a conversation by the chat template: the text, and its tokens.
 
         The special tokens that the template writes are special; those that are written in messages are plain text.
-        Nothing is added: where the model expects a first BOS, its template writes it.
+        Nothing is added: where the model expects a first BOS, its template writes it. `check` is as for `encode`.
 
         Raises:
             InvalidField: the template refuses the conversation, or a message is not Unicode.
@@ -105,12 +119,14 @@ class TextModel:
         """
         rendered, layout = self._laid_out(messages, add_generation_prompt=add_generation_prompt)
         if layout is None:
-            return rendered, self._encoded(rendered, self._read(rendered, add=False, parse=True))
-        encoding = self._read(layout.text, add=False, parse=False)
+            return rendered, self._encoded(rendered, self._read(rendered, check, add=False, parse=True))
+        encoding, origin = self._read(layout.text, check, add=False, parse=False), layout.origin
         tokens = layout.restored(encoding.ids)
-        characters = [(layout.origin[start], layout.origin[end]) for start, end in encoding.offsets]
-        words = list(encoding.word_ids)
-        return rendered, self._with_spans(rendered, tokens, characters, words)
+
+        def characters() -> list[tuple[int, int]]:
+            return [(origin[start], origin[end]) for start, end in _characters(encoding)]
+
+        return rendered, self._with_spans(rendered, tokens, characters, list(encoding.word_ids))
 
     def chat_prompt_ids(
         self, messages: Sequence[ChatMessage], most: int, *, add_generation_prompt: bool = True
@@ -121,10 +137,10 @@ class TextModel:
             InvalidField, Unsupported: as `encode_chat`, or it has more.
         """
         rendered, layout = self._laid_out(messages, add_generation_prompt=add_generation_prompt)
-        self._check_fits(rendered, most)
+        check = self._check_fits(rendered, most)
         if layout is None:
-            return tuple(self._read(rendered, add=False, parse=True).ids)
-        return tuple(layout.restored(self._read(layout.text, add=False, parse=False).ids))
+            return tuple(self._read(rendered, check, add=False, parse=True).ids)
+        return tuple(layout.restored(self._read(layout.text, check, add=False, parse=False).ids))
 
     def _laid_out(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> tuple[str, Layout | None]:
         """The text of a conversation; and its layout, if a message could be read as a special token."""
@@ -137,11 +153,12 @@ class TextModel:
         layout = self._chat.layout(rendered)
         return layout.rendered, layout
 
-    def _read(self, text: str, *, add: bool, parse: bool) -> Encoding:
-        if parse:
-            return _tokens(self._reading, text, add_special_tokens=add)
-        encoding = _tokens(self._literal, text, add_special_tokens=add)
-        self._check_spelled_out(encoding)
+    def _read(self, text: str, check: LengthCheck | None, *, add: bool, parse: bool) -> Encoding:
+        encoding = _tokens(self._reading if parse else self._literal, text, add_special_tokens=add)
+        if check is not None:
+            check(len(encoding))
+        if not parse:
+            self._check_spelled_out(encoding)
         return encoding
 
     def least_tokens(self, text: str) -> int:
@@ -152,9 +169,16 @@ class TextModel:
     def _bound(self) -> LengthBound | None:
         return length_bound(self._reading, self.spelling, map(self.token_bytes, range(self.vocab_size)))
 
-    def _check_fits(self, text: str, most: int) -> None:
+    def _check_fits(self, text: str, most: int) -> LengthCheck:
+        """Refuse what plainly has too many tokens: before it is tokenised, and, by what is returned, after it."""
         if len(text) > most and (least := self.least_tokens(text)) > most:
             raise InvalidField("prompt", f"at least {least} tokens", f"the context has {most}")
+
+        def check(count: int) -> None:
+            if count > most:
+                raise InvalidField("prompt", f"{count} tokens", f"the context has {most}")
+
+        return check
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Turn token ids into text. Bytes that are not UTF-8 become U+FFFD; ids without a token stand for nothing."""
@@ -222,20 +246,19 @@ class TextModel:
         words = [
             None if extra else word for word, extra in zip(encoding.word_ids, encoding.special_tokens_mask, strict=True)
         ]
-        return self._with_spans(text, encoding.ids, encoding.offsets, words)
+        return self._with_spans(text, encoding.ids, lambda: _characters(encoding), words)
 
     def _with_spans(
         self,
         text: str,
         ids: Sequence[int],
-        characters: Sequence[tuple[int, int]],
+        characters: Callable[[], Sequence[tuple[int, int]]],
         words: Sequence[int | None],
     ) -> Encoded:
         pieces = [self.piece(token) or "" for token in ids]
         contents = [self.token_bytes(token) for token in ids]
-        spans = byte_spans(text, contents, characters, [word is None for word in words])
-        starts, ends = (tuple(span[side] for span in spans) for side in (0, 1))
-        return Encoded(tuple(ids), tuple(pieces), starts, ends, tuple(words))
+        starts, ends = byte_spans(text, contents, characters, [word is None for word in words])
+        return Encoded(tuple(ids), tuple(pieces), tuple(starts), tuple(ends), tuple(words))
 
     def _check_spelled_out(self, encoding: Encoding) -> None:
         """Special tokens in text that is plain would be a way to forge a turn of a conversation."""
@@ -286,3 +309,8 @@ def literal_twin(tokenizer: Tokenizer) -> Tokenizer:
 def _tokens(backend: Tokenizer, text: str, *, add_special_tokens: bool) -> Encoding:
     """One text's tokens. `encode` would hold the interpreter's lock all the while; a batch of one does not."""
     return backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+
+def _characters(encoding: Encoding) -> list[tuple[int, int]]:
+    """The characters each token was made from. `encoding.offsets` would hold the interpreter's lock all the while."""
+    return [encoding.token_to_chars(number) or (0, 0) for number in range(len(encoding))]

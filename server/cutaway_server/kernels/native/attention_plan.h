@@ -6,7 +6,7 @@
 #include "product.h"
 
 /* Keys of a split (DESIGN 3), of a packed block and of a block that lies together in a page; query heads a tile has. */
-enum { SPLIT = 256, KEYS = 32, LINE = 16, HEADS_A_TILE = 64 };
+enum { SPLIT = 256, KEYS = 32, LINE = 16, HEADS_A_TILE = 96 };
 
 typedef struct QueryTile { /* rows of one sequence that read their keys together, for one key/value head */
     int64_t first, rows, sequence, head, from, upto; /* keys in [from, upto) */

@@ -20,21 +20,28 @@ INLINE float sum_of(Vector v) {
 #endif
 }
 
+INLINE Integers lanes_from(int64_t i) {
+    Integers v;
+    for (int lane = 0; lane < LANES; lane++) v[lane] = (int32_t)i + lane;
+    return v;
+}
+
 /* Products q.k to scores; returns the highest of those the row may see, which are [low, high]. Others get -inf. */
 INLINE float scale_scores(const Attention *a, const float *key_scales, float *scores, int64_t low, int64_t high) {
     const int64_t first = low / LANES * LANES, end = high / LANES * LANES + LANES;
-    const Vector scale = fill(a->shape->attention_scale), cap = fill(a->shape->attention_cap);
-    for (int64_t i = first; i < end; i += LANES) {
+    const Vector scale = fill(a->shape->attention_scale), cap = fill(a->shape->attention_cap), none = fill(-INFINITY);
+    const int capped = a->shape->attention_cap > 0;
+    Integers lanes = lanes_from(first);
+    Vector most = none;
+    for (int64_t i = first; i < end; i += LANES, lanes += LANES) {
         Vector s = load(scores + i);
         if (key_scales) s *= load(key_scales + i);
         s *= scale;
-        if (a->shape->attention_cap > 0) s = cap * hyperbolic_tangent(s / cap);
+        if (capped) s = cap * hyperbolic_tangent(s / cap);
+        s = choose((lanes >= (int32_t)low) & (lanes <= (int32_t)high), s, none);
         store(scores + i, s);
+        most = larger(s, most);
     }
-    for (int64_t i = first; i < low; i++) scores[i] = -INFINITY;
-    for (int64_t i = high + 1; i < end; i++) scores[i] = -INFINITY;
-    Vector most = fill(-INFINITY);
-    for (int64_t i = first; i < end; i += LANES) most = larger(load(scores + i), most);
     return highest_of(most);
 }
 

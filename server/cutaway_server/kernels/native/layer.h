@@ -11,8 +11,9 @@ enum { ROWS_AT_A_TIME = 8 }; /* a thread takes, of work that goes row by row */
 
 typedef struct { /* what a step needs besides its arguments; freed by whoever made it */
     char *memory, *operands;
-    size_t operand; /* bytes of one */
-    float *joined, *q, *z, *lse, *hidden, *product;
+    size_t operand, hidden_bytes; /* of one operand; of what is between the MLP's products */
+    float *joined, *q, *z, *lse, *product;
+    void *hidden; /* rows of d_mlp: floats, or an operand */
     float *row; /* of each thread */
     int64_t row_floats;
 } Buffers;
@@ -32,7 +33,7 @@ static size_t lay_out(Buffers *b, const Shape *shape, int64_t rows, int64_t thre
     b->q = claim(b, &used, each * q);
     b->z = claim(b, &used, each * q);
     b->lse = claim(b, &used, each * shape->n_heads);
-    b->hidden = claim(b, &used, each * shape->d_mlp);
+    b->hidden = claim(b, &used, b->hidden_bytes);
     b->product = claim(b, &used, each * shape->d_model);
     b->row_floats = ((shape->d_model > k ? shape->d_model : k) + 15) / 16 * 16;
     b->row = claim(b, &used, threads * b->row_floats * sizeof(float));
@@ -46,6 +47,8 @@ static Buffers new_buffers(const Shape *shape, const Matrix *const *matrices, in
         size_t bytes = operand_bytes(shape, matrices[i], rows);
         if (bytes > b.operand) b.operand = bytes;
     }
+    const size_t floats = rows * shape->d_mlp * sizeof(float);
+    b.hidden_bytes = floats > b.operand ? floats : b.operand;
     b.memory = aligned_alloc(64, lay_out(&b, shape, rows, threads));
     lay_out(&b, shape, rows, threads);
     return b;
@@ -141,13 +144,12 @@ static void attention_input_body(
 
 /* A product added to the residual, through a norm if there is one; `out` may be `residual`. */
 static void add_product(
-    const Team *team, const Shape *shape, const Matrix *w, const Norm *post, const float *x, const float *residual,
+    const Team *team, const Shape *shape, const Matrix *w, const Norm *post, const Operand *x, const float *residual,
     int64_t rows, float *out, float *added, const OpenNorm *open, const Buffers *b) {
     int64_t width = w->columns;
-    Operand operand = prepare(team, shape, &NO_NORM, w, x, rows, b, 0);
     After after = {.out = out, .columns = width, .activation = NO_ACTIVATION, .residual = residual, .added = added};
     if (post->gain) after = (After){.out = b->product, .columns = width, .activation = NO_ACTIVATION};
-    product(team, shape, w, &operand, rows, &after);
+    product(team, shape, w, x, rows, &after);
     if (!post->gain) return;
     for (int64_t r; (r = take(team, 1)) < rows;) {
         float *row = b->product + r * width;
@@ -159,13 +161,25 @@ static void add_product(
 }
 
 static void mlp_input_body(
-    const Team *team, const Shape *shape, const Layer *layer, int64_t rows, const float *residual, float *out, float *pre,
-    float *linear, const OpenNorm *open, const Buffers *b) {
+    const Team *team, const Shape *shape, const Layer *layer, int64_t rows, const float *residual, float *out,
+    const Operand *narrow, float *pre, float *linear, const OpenNorm *open, const Buffers *b) {
     Operand x = prepare(team, shape, &layer->norm2, &layer->mlp_in, residual, rows, b, open);
     After after = {
         .out = out, .columns = shape->d_mlp, .pre = pre, .linear = linear, .activation = shape->activation,
-        .gated = shape->gated};
+        .gated = shape->gated, .narrow = narrow};
     product(team, shape, &layer->mlp_in, &x, rows, &after);
+}
+
+/* The product after an activation takes it as it comes from the one before, unless it needs whole rows to quantise. */
+static void mlp_body(
+    const Team *team, const Shape *shape, const Layer *layer, int64_t rows, const float *residual, float *out,
+    const Buffers *b) {
+    const Matrix *w = &layer->mlp_out;
+    const int direct = shape->bf16 && !w->kind && w->depth == w->padded_depth;
+    Operand x = new_operand(w, b->hidden);
+    mlp_input_body(team, shape, layer, rows, residual, direct ? 0 : b->hidden, direct ? &x : 0, 0, 0, 0, b);
+    if (!direct) x = prepare(team, shape, &NO_NORM, w, b->hidden, rows, b, 0);
+    add_product(team, shape, w, &layer->norm2_post, &x, residual, rows, out, 0, 0, b);
 }
 
 /* A whole layer; `out` may be `residual`. */
@@ -175,9 +189,9 @@ static void layer_body(
     int64_t rows = step->rows;
     attention_input_body(team, shape, layer, pages, step, residual, turns, b->q, b->joined, 0, 0, b);
     attend(team, shape, layer, pages, step, b->q, b->z, b->lse);
-    add_product(team, shape, &layer->attention_out, &layer->norm1_post, b->z, residual, rows, out, 0, 0, b);
-    mlp_input_body(team, shape, layer, rows, out, b->hidden, 0, 0, 0, b);
-    add_product(team, shape, &layer->mlp_out, &layer->norm2_post, b->hidden, out, rows, out, 0, 0, b);
+    Operand z = prepare(team, shape, &NO_NORM, &layer->attention_out, b->z, rows, b, 0);
+    add_product(team, shape, &layer->attention_out, &layer->norm1_post, &z, residual, rows, out, 0, 0, b);
+    mlp_body(team, shape, layer, rows, out, out, b);
 }
 
 #endif

@@ -147,51 +147,8 @@ static void tile_fp32(
     }
 }
 
-#if defined(CUTAWAY_AMX)
-/* Tiles of 16 rows (a product's rows are padded to 16), 32 deep; a tile's rows do not know each other. A thread sets its
-   tile registers up once. */
-static void start_tiles(void) {
-    struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } config = {.palette = 1};
-    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
-    __asm__ volatile("" : : "r"(&config) : "memory"); /* gcc 12 takes the next line to read 8 bytes only */
-    _tile_loadconfig(&config);
-}
-
-static void stop_tiles(void) { _tile_release(); }
-
-static void tile_bf16(
-    const Narrow *x, int64_t step, int64_t rows, const uint16_t *w, int64_t block, int64_t depth, float *out) {
-    const int64_t wide = step * sizeof(Narrow), two = rows > 16;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = 0; k < depth; k += 32) {
-        _tile_loadd(4, x + k, wide);
-        _tile_loadd(6, w + k * 16, 64);
-        _tile_loadd(7, w + block + k * 16, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if (!two) continue;
-        _tile_loadd(5, x + 16 * step + k, wide);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, out, 4 * TILE);
-    _tile_stored(1, out + 16, 4 * TILE);
-    if (!two) return;
-    _tile_stored(2, out + 16 * TILE, 4 * TILE);
-    _tile_stored(3, out + 16 * TILE + 16, 4 * TILE);
-}
-#else
-static void start_tiles(void) {}
-
-static void stop_tiles(void) {}
-
+#if !defined(CUTAWAY_AMX)
+/* out [rows][TILE] = x [rows][step] times TILE packed bf16 columns. */
 static void tile_bf16(
     const Narrow *x, int64_t step, int64_t rows, const uint16_t *w, int64_t block, int64_t depth, float *out) {
     for (int64_t r = 0, n; r < rows; r += n) {

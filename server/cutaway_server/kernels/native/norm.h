@@ -30,9 +30,10 @@ static void norm_row(
         squares = multiply_add(v, v, squares);
     }
     float divisor = sqrtf(total(squares) / width + shape->norm_eps);
+    const float inverse = 1 / divisor;
     if (scale) *scale = divisor;
     for (int64_t i = 0; i < width; i += LANES) {
-        Vector v = (load_upto(x + i, width - i) - mean) / divisor;
+        Vector v = (load_upto(x + i, width - i) - mean) * inverse;
         Vector gained = v * load_upto(norm->gain + i, width - i);
         if (norm->bias) gained += load_upto(norm->bias + i, width - i);
         if (normalized) store_upto(normalized + i, shape->layer_norm ? gained : v, width - i);

@@ -2,6 +2,7 @@
    Each opens one parallel region. */
 #include <omp.h>
 
+#include "attention_rows.h"
 #include "layer.h"
 
 #define JOIN(a, b) a##_##b
@@ -53,12 +54,24 @@ OPERATION(paged_attention)(
     TOGETHER(threads, attend(team, shape, layer, pages, step, q, out, lse));
 }
 
+/* Of every row of a step: probabilities (scores, if `lse` is null) of all its keys, [heads][rows][width]. */
+OPERATION(patterns)(
+    const Shape *shape, const Layer *layer, const Pages *pages, const Step *step, const float *q, const float *lse,
+    float *out, int64_t width) {
+    const Patterns wanted = {.lse = lse, .out = out, .rows = step->rows, .width = width};
+    const int64_t threads = threads_for(shape, step->rows * width * shape->n_heads * shape->d_head);
+    TOGETHER(threads, patterns(team, shape, layer, pages, step, q, &wanted));
+}
+
 static void add_together(
     const Shape *shape, const Matrix *w, const Norm *post, const float *x, const float *residual, int64_t rows, float *out,
     float *added, const OpenNorm *open) {
     const int64_t threads = threads_for(shape, work_of(w, rows));
     Buffers b = new_buffers(shape, &w, 1, rows, threads);
-    TOGETHER(threads, add_product(team, shape, w, post, x, residual, rows, out, added, open, &b));
+    TOGETHER(threads, {
+        Operand operand = prepare(team, shape, &NO_NORM, w, x, rows, &b, 0);
+        add_product(team, shape, w, post, &operand, residual, rows, out, added, open, &b);
+    });
     free(b.memory);
 }
 
@@ -80,7 +93,7 @@ OPERATION(mlp_input)(
     const Matrix *w = &layer->mlp_in;
     const int64_t threads = threads_for(shape, work_of(w, rows));
     Buffers b = new_buffers(shape, &w, 1, rows, threads);
-    TOGETHER(threads, mlp_input_body(team, shape, layer, rows, residual, out, pre, linear, open, &b));
+    TOGETHER(threads, mlp_input_body(team, shape, layer, rows, residual, out, 0, pre, linear, open, &b));
     free(b.memory);
 }
 

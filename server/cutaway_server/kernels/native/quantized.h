@@ -177,8 +177,8 @@ static void tile_quantized(const Matrix *w, void *data, int64_t row, int64_t n, 
     for (; w->next && t >= w->own; w = w->next) t -= w->own;
     const Panel panels[2] = {panel(data, row, w->padded_depth), panel(data, row + 16, w->padded_depth)};
 #if defined(CUTAWAY_AMX)
-    if (n >= (w->kind == ROW8 ? FEWEST_INTEGER_ROWS : FEWEST_GROUP_ROWS)) {
-        (w->kind == ROW8 ? amx_rows : amx_groups)(w, &panels[0], &panels[1], n, t, tile);
+    if (w->kind != ROW8 && n >= FEWEST_GROUP_ROWS) {
+        amx_groups(w, &panels[0], &panels[1], n, t, tile);
         return;
     }
 #endif

@@ -3,56 +3,10 @@
 #ifndef CUTAWAY_QUANTIZED_TILES_H
 #define CUTAWAY_QUANTIZED_TILES_H
 
-enum { FEWEST_INTEGER_ROWS = 1, FEWEST_GROUP_ROWS = 4, UNITS_AT_ONCE = 16 };
+enum { FEWEST_GROUP_ROWS = 4, UNITS_AT_ONCE = 16 };
 
 /* What is at `p` must be in memory here: compilers do not see that tile instructions read it. */
 INLINE void written(const void *p) { __asm__ volatile("" : : "r"(p) : "memory"); }
-
-/* Sums of integers of up to 32 rows (a panel, and if n > 16 the next one) and two blocks of columns. */
-static void amx_integers(
-    const uint8_t *w, int64_t depth, const Panel *x, const Panel *next, int64_t n, int32_t sums[2][2][16][16]) {
-    _tile_zero(0);
-    _tile_zero(1);
-    if (n <= 16) {
-        for (int64_t k = 0; k < depth; k += 64) {
-            _tile_loadd(4, x->values + k, depth);
-            _tile_loadd(6, w + k * 16, 64);
-            _tile_dpbsud(0, 4, 6);
-            _tile_loadd(7, w + (depth + k) * 16, 64);
-            _tile_dpbsud(1, 4, 7);
-        }
-    } else {
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t k = 0; k < depth; k += 64) { /* loads and products in turn: 2 x faster than loads first */
-            _tile_loadd(4, x->values + k, depth);
-            _tile_loadd(6, w + k * 16, 64);
-            _tile_dpbsud(0, 4, 6);
-            _tile_loadd(5, next->values + k, depth);
-            _tile_dpbsud(2, 5, 6);
-            _tile_loadd(7, w + (depth + k) * 16, 64);
-            _tile_dpbsud(1, 4, 7);
-            _tile_dpbsud(3, 5, 7);
-        }
-        _tile_stored(2, sums[1][0], 64);
-        _tile_stored(3, sums[1][1], 64);
-    }
-    _tile_stored(0, sums[0][0], 64);
-    _tile_stored(1, sums[0][1], 64);
-}
-
-static void amx_rows(const Matrix *w, const Panel *x, const Panel *next, int64_t n, int64_t t, float *tile) {
-    int32_t sums[2][2][16][16] __attribute__((aligned(64)));
-    const int64_t depth = w->padded_depth;
-    amx_integers((const uint8_t *)w->data + 2 * t * depth * 16, depth, x, next, n, sums);
-    const float *scales = (const float *)w->scales + t * 32;
-    for (int64_t r = 0; r < n; r++)
-        for (int block = 0; block < 2; block++) {
-            Integers sum;
-            memcpy(&sum, sums[r / 16][block][r % 16], sizeof sum);
-            store(tile + r * 32 + block * 16, scale_row(sum, r < 16 ? x : next, r % 16, scales + block * 16));
-        }
-}
 
 /* A unit is what has one scale: a group, or half of one. */
 INLINE int64_t unit_depth(int kind) { return kind == HALVES8 ? GROUP / 2 : GROUP; }

@@ -53,7 +53,7 @@ CACHE: tuple[Spec[Sources], ...] = (
     ),
     counter(
         "cutaway_preemptions_total", "preemptions",
-        "Sequences that gave their blocks back to older ones, to be computed again.",
+        "Sequences that gave their blocks back to others, to be computed again.",
         lambda s: s.observed.preemptions,
     ),
     histogram(
