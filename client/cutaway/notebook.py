@@ -82,24 +82,22 @@ def heat_map(
     """
     steps = steps_of(picture.shape)
     side = 14 if max(picture.shape) <= SIDE // 2 else 8
-    beside = any(not name.lstrip("-").isdigit() for name in (*rows, *columns))
+    beside, above = (any(not name.lstrip("-").isdigit() for name in names) for names in (rows, columns))
     cells: list[str] = []
-    if beside:
-        cells += [
-            "<i></i>",
-            *(_label(name, "writing-mode:vertical-rl;transform:rotate(180deg)") for name in columns[:: steps[1]]),
-        ]
+    if above:
+        cells += ["<i></i>"] * beside
+        cells += [_label(name, "writing-mode:vertical-rl;transform:rotate(180deg)") for name in columns[:: steps[1]]]
     for row, values in zip(rows[:: steps[0]], picture[:: steps[0], :: steps[1]], strict=True):
-        if beside:
-            cells.append(_label(row, "text-align:right"))
+        cells += [_label(row, "text-align:right")] * beside
         cells += (
             f'<i title="{escape(f"{row} {column}: {value:.4g}")}" style="background:{colour(value, least, most)}"></i>'
             for column, value in zip(columns[:: steps[1]], values, strict=True)
         )
-    width = len(range(0, picture.shape[1], steps[1]))
-    tracks = f"{'auto ' if beside else ''}repeat({width},{side}px)"
-    across = f"{'auto ' if beside else ''}repeat({len(range(0, picture.shape[0], steps[0]))},{side}px)"
-    style = f"display:grid;grid-template-columns:{tracks};grid-template-rows:{across};justify-content:start"
+    down, across = (len(range(0, size, step)) for size, step in zip(picture.shape, steps, strict=True))
+    style = (
+        f"display:grid;grid-template-columns:{'auto ' * beside}repeat({across},{side}px);"
+        f"grid-template-rows:{'auto ' * above}repeat({down},{side}px);justify-content:start"
+    )
     return f'<div style="{style}">{"".join(cells)}</div>'
 
 

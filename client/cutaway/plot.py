@@ -49,8 +49,8 @@ def heat_map(array: Array, *, title: str = "", rows: Sequence[str] = ()) -> Figu
     least, most, told = scale_of(values[np.isfinite(values)])
     across = min(COLUMNS, len(places))
     down = -(-len(places) // across)
-    width, height = (min(9.0, 1.4 + 0.26 * size) for size in (values.shape[-1], values.shape[-2]))
-    scale = min(1.0, 14 / (width * across))
+    width, height = min(9.0, 1.4 + 0.26 * values.shape[-1]), min(9.0, 1.2 + 0.2 * values.shape[-2])
+    scale = min(1.0, 11 / (width * across))
     figure = Figure(
         (max(4.0, width * across * scale), max(1.6, height * down * scale) + 0.6), DPI, layout="constrained"
     )
