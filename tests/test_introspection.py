@@ -261,7 +261,7 @@ def test_arrays_become_torch_files_and_pictures(served: SimpleNamespace, tmp_pat
         assert set(file.keys()) == {f"{array.name}{part}" for part in ("", "#values", "#indices", "#mass")}
         assert np.array_equal(file.get_tensor(f"{array.name}#indices"), array.indices)
         assert array.model_hash in file.metadata()[array.name]
-    assert "<table" in array._repr_html_()
+    assert "<div" in array._repr_html_()
     assert "blocks.*.attn.hook_pattern" in array._repr_html_()
 
 

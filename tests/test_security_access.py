@@ -40,7 +40,8 @@ ALL_MAY = {
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 }
-GENERATORS_MAY = {f"/cutaway.v1.Inference/{name}" for name in ("Generate", "Abort", "Tokenize", "Detokenize")}
+GENERATORS_MAY = {f"/cutaway.v1.Inference/{name}" for name in ("Generate", "Abort")}
+BOTH_MAY = {f"/cutaway.v1.Inference/{name}" for name in ("Tokenize", "Detokenize")}
 LOW = new_key()
 INTROSPECTION = "/cutaway.v1.Introspection/"
 OBSERVERS_MAY = {
@@ -63,6 +64,7 @@ LOOKERS_MAY = {
 MAY = {
     **dict.fromkeys(ALL_MAY, EVERY_SCOPE),
     **dict.fromkeys(GENERATORS_MAY, ("generate",)),
+    **dict.fromkeys(BOTH_MAY, ("generate", "introspect")),
     **dict.fromkeys(OBSERVERS_MAY, ("observe",)),
     INTROSPECTION + "PredictCacheHit": ("generate", "observe"),
     **dict.fromkeys(LOOKERS_MAY, ("introspect",)),

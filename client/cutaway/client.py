@@ -109,6 +109,8 @@ class Calls:
         self._client = client
         self.introspection = IntrospectionStub(channel)
         self.ask = client._ask
+        self.tokenize = client.tokenize
+        self.detokenize = client.detokenize
 
     def read(
         self, method: grpc.UnaryStreamMultiCallable[Asked, Streamed], request: Asked, timeout: float | None
@@ -180,7 +182,7 @@ class Client(Inspecting, MachineCalls):
     def tokenize(self, text: str | None = None, **options: Unpack[TokenizeOptions]) -> Tokenized:
         """Turn a text or `messages=` into tokens; `merges=True` also tells how byte-pair encoding got there."""
         request = requests.tokenize_request(text, options)
-        return replies.tokenized(self._ask(self._stub.Tokenize, request, options.get("timeout")))
+        return replies.tokenized(self._ask(self._stub.Tokenize, request, options.get("timeout")), text)
 
     def detokenize(
         self, ids: Iterable[int], *, skip_special_tokens: bool | None = None, timeout: float | None = None

@@ -36,8 +36,8 @@ REFLECTION = "/grpc.reflection.{}.ServerReflection/ServerReflectionInfo"
 METHODS: Mapping[str, frozenset[Scope]] = {
     "/cutaway.v1.Inference/Generate": GENERATE,
     "/cutaway.v1.Inference/Abort": GENERATE,
-    "/cutaway.v1.Inference/Tokenize": GENERATE,
-    "/cutaway.v1.Inference/Detokenize": GENERATE,
+    "/cutaway.v1.Inference/Tokenize": GENERATE | INTROSPECT,
+    "/cutaway.v1.Inference/Detokenize": GENERATE | INTROSPECT,
     "/cutaway.v1.Inference/GetModel": KNOWN,
     INTROSPECTION + "ListPoints": INTROSPECT,
     INTROSPECTION + "Trace": INTROSPECT,
