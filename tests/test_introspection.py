@@ -298,7 +298,7 @@ def test_a_reader_who_leaves_gives_everything_back(served: SimpleNamespace) -> N
     next(stream)
     stream.close()
     assert eventually(live.is_clean)
-    assert eventually(lambda: live.server._generation._held == 0)
+    assert eventually(lambda: live.server._generation.held == 0)
 
 
 def test_capture_memory_is_shared_and_given_back(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_capture_memory_is_shared_and_given_back(tmp_path: Path) -> None:
         with pytest.raises(ResourceExhausted, match="requests at work may hold"):
             client.complete("Hi", captures=[capture], max_tokens=350, ignore_eos=True, n=3)
         first.close()
-        assert eventually(lambda: live.server._generation._held == 0)
+        assert eventually(lambda: live.server._generation.held == 0)
         assert client.trace("Hi", points=["logits"])
 
 

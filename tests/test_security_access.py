@@ -58,6 +58,7 @@ LOOKERS_MAY = {
         "SelfCheck",
         "Estimate",
         "ReadCache",
+        "ReplaySample",
     )
 }
 MAY = {

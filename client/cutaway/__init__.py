@@ -38,6 +38,7 @@ from cutaway.machine import (
     StepToken,
 )
 from cutaway.options import GenerateOptions, Message, Sampling, TokenizeOptions
+from cutaway.replay import Replay, SampleCandidate, SampleFilter, SampleReplay
 from cutaway.results import (
     Answer,
     Architecture,
@@ -115,9 +116,13 @@ __all__ = [
     "Point",
     "PromptToken",
     "QueueFull",
+    "Replay",
     "RequestInfo",
     "Requests",
     "ResourceExhausted",
+    "SampleCandidate",
+    "SampleFilter",
+    "SampleReplay",
     "Sampling",
     "SelfCheck",
     "ServerError",

@@ -10,15 +10,16 @@ from cutaway.cli.hidden import hidden
 from cutaway.cli.lens import lens
 from cutaway.cli.neurons import neurons
 from cutaway.cli.points import points
+from cutaway.cli.sample import sample
 
 
 @click.group()
 def inspect() -> None:
-    """Look inside the server: a prompt's inner values, and the KV cache.
+    """Look inside the server: a prompt's inner values, how tokens were picked, and the KV cache.
 
     All but `cache` ask for the scope introspect.
     """
 
 
-for command in (attention, hidden, lens, neurons, points, cache):
+for command in (attention, hidden, lens, neurons, points, sample, cache):
     inspect.add_command(command)

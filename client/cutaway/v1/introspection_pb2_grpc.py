@@ -5,6 +5,7 @@ import warnings
 
 from cutaway.v1 import introspection_pb2 as cutaway_dot_v1_dot_introspection__pb2
 from cutaway.v1 import machine_pb2 as cutaway_dot_v1_dot_machine__pb2
+from cutaway.v1 import replay_pb2 as cutaway_dot_v1_dot_replay__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -85,6 +86,11 @@ class IntrospectionStub:
                 '/cutaway.v1.Introspection/ReadCache',
                 request_serializer=cutaway_dot_v1_dot_machine__pb2.ReadCacheRequest.SerializeToString,
                 response_deserializer=cutaway_dot_v1_dot_machine__pb2.ReadCacheResponse.FromString,
+                _registered_method=True)
+        self.ReplaySample = channel.unary_unary(
+                '/cutaway.v1.Introspection/ReplaySample',
+                request_serializer=cutaway_dot_v1_dot_replay__pb2.ReplaySampleRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_replay__pb2.ReplaySampleResponse.FromString,
                 _registered_method=True)
         self.WatchCache = channel.unary_stream(
                 '/cutaway.v1.Introspection/WatchCache',
@@ -182,6 +188,13 @@ class IntrospectionServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReplaySample(self, request, context):
+        """Samples a generated token again, as the request asked and with other parameters, and tells every stage.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchCache(self, request, context):
         """Streams what happens to the blocks of the caller's tenant. Scope `observe`.
         """
@@ -262,6 +275,11 @@ def add_IntrospectionServicer_to_server(servicer, server):
                     servicer.ReadCache,
                     request_deserializer=cutaway_dot_v1_dot_machine__pb2.ReadCacheRequest.FromString,
                     response_serializer=cutaway_dot_v1_dot_machine__pb2.ReadCacheResponse.SerializeToString,
+            ),
+            'ReplaySample': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReplaySample,
+                    request_deserializer=cutaway_dot_v1_dot_replay__pb2.ReplaySampleRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_replay__pb2.ReplaySampleResponse.SerializeToString,
             ),
             'WatchCache': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchCache,
@@ -555,6 +573,33 @@ class Introspection:
             '/cutaway.v1.Introspection/ReadCache',
             cutaway_dot_v1_dot_machine__pb2.ReadCacheRequest.SerializeToString,
             cutaway_dot_v1_dot_machine__pb2.ReadCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReplaySample(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cutaway.v1.Introspection/ReplaySample',
+            cutaway_dot_v1_dot_replay__pb2.ReplaySampleRequest.SerializeToString,
+            cutaway_dot_v1_dot_replay__pb2.ReplaySampleResponse.FromString,
             options,
             channel_credentials,
             insecure,

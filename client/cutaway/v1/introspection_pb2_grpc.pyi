@@ -6,6 +6,7 @@ Looking inside: every inner value of a served model, per request, in the same ba
 from collections import abc as _abc
 from cutaway.v1 import introspection_pb2 as _introspection_pb2
 from cutaway.v1 import machine_pb2 as _machine_pb2
+from cutaway.v1 import replay_pb2 as _replay_pb2
 from grpc import aio as _aio
 import abc as _abc_1
 import grpc as _grpc
@@ -54,6 +55,8 @@ class IntrospectionStub:
     """Tells what each block of the caller's tenant holds, and who holds it. Scope `observe`."""
     ReadCache: _grpc.UnaryStreamMultiCallable[_machine_pb2.ReadCacheRequest, _machine_pb2.ReadCacheResponse]
     """Streams keys and values of a request's positions out of the KV cache."""
+    ReplaySample: _grpc.UnaryUnaryMultiCallable[_replay_pb2.ReplaySampleRequest, _replay_pb2.ReplaySampleResponse]
+    """Samples a generated token again, as the request asked and with other parameters, and tells every stage."""
     WatchCache: _grpc.UnaryStreamMultiCallable[_machine_pb2.WatchCacheRequest, _machine_pb2.WatchCacheResponse]
     """Streams what happens to the blocks of the caller's tenant. Scope `observe`."""
     WatchSteps: _grpc.UnaryStreamMultiCallable[_machine_pb2.WatchStepsRequest, _machine_pb2.WatchStepsResponse]
@@ -88,6 +91,8 @@ class IntrospectionAsyncStub(IntrospectionStub):
     """Tells what each block of the caller's tenant holds, and who holds it. Scope `observe`."""
     ReadCache: _aio.UnaryStreamMultiCallable[_machine_pb2.ReadCacheRequest, _machine_pb2.ReadCacheResponse]  # type: ignore[assignment]
     """Streams keys and values of a request's positions out of the KV cache."""
+    ReplaySample: _aio.UnaryUnaryMultiCallable[_replay_pb2.ReplaySampleRequest, _replay_pb2.ReplaySampleResponse]  # type: ignore[assignment]
+    """Samples a generated token again, as the request asked and with other parameters, and tells every stage."""
     WatchCache: _aio.UnaryStreamMultiCallable[_machine_pb2.WatchCacheRequest, _machine_pb2.WatchCacheResponse]  # type: ignore[assignment]
     """Streams what happens to the blocks of the caller's tenant. Scope `observe`."""
     WatchSteps: _aio.UnaryStreamMultiCallable[_machine_pb2.WatchStepsRequest, _machine_pb2.WatchStepsResponse]  # type: ignore[assignment]
@@ -179,6 +184,14 @@ class IntrospectionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_machine_pb2.ReadCacheResponse], _abc.AsyncIterator[_machine_pb2.ReadCacheResponse]]:
         """Streams keys and values of a request's positions out of the KV cache."""
+
+    @_abc_1.abstractmethod
+    def ReplaySample(
+        self,
+        request: _replay_pb2.ReplaySampleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_replay_pb2.ReplaySampleResponse, _abc.Awaitable[_replay_pb2.ReplaySampleResponse]]:
+        """Samples a generated token again, as the request asked and with other parameters, and tells every stage."""
 
     @_abc_1.abstractmethod
     def WatchCache(

@@ -53,6 +53,7 @@ METHODS: Mapping[str, frozenset[Scope]] = {
     INTROSPECTION + "ListRequests": OBSERVE,
     INTROSPECTION + "PredictCacheHit": OBSERVE | GENERATE,
     INTROSPECTION + "ReadCache": INTROSPECT,
+    INTROSPECTION + "ReplaySample": INTROSPECT,
     HEALTH + "Check": KNOWN,
     HEALTH + "List": KNOWN,
     HEALTH + "Watch": KNOWN,

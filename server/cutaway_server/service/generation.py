@@ -49,7 +49,7 @@ class Generation:
         self._workers = workers
         self._config = config
         self._quotas = quotas
-        self._held = 0  # bytes that captures of requests at work may come to
+        self.held = 0  # bytes that captures of requests at work may come to
 
     def ready(self) -> Served:
         """The model served.
@@ -111,11 +111,12 @@ class Generation:
     async def _answering(
         self, request: v1.GenerateRequest, context: Context, most_tokens: int | None = None
     ) -> AsyncIterator[Reply]:
+        call = current()
+        call.looks_inside = bool(request.captures or request.edits)
         served = self.ready()
         self._desk.admit()
         remaining = context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining
-        call = current()
         request.request_id = name_of(request)
         with self._desk.arriving(request.request_id, call.caller.tenant):
             asked = await self.ask(request, deadline)
@@ -137,14 +138,14 @@ class Generation:
     @contextmanager
     def _holding(self, size: int) -> Iterator[None]:
         """Keep room for captured values that may wait for their reader."""
-        if size and self._held + size > self._config.capture_memory:
-            rule = f"requests at work may hold {self._held} bytes of captures, of {self._config.capture_memory}"
-            raise QueueFull(f"captures: {size} bytes more are too many: {rule}", RETRY_AFTER_SECONDS)
-        self._held += size
+        if size and self.held + size > self._config.capture_memory:
+            rule = f"requests at work may hold {self.held} bytes of captures, of {self._config.capture_memory}"
+            raise QueueFull(f"captures: {size} bytes more are too many: {rule}", RETRY_AFTER_SECONDS, "captures")
+        self.held += size
         try:
             yield
         finally:
-            self._held -= size
+            self.held -= size
 
 
 def check_scopes(request: v1.GenerateRequest, caller: Caller) -> None:
