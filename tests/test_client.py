@@ -94,7 +94,8 @@ def test_the_asynchronous_client_has_the_same_calls() -> None:
     assert set(calls(Client)) == {
         "abort", "attention", "close", "complete", "detokenize", "estimate", "generate", "health", "hidden_states",
         "list_points", "logit_lens", "model", "self_check", "tokenize", "trace",
-        "blocks", "cache_stats", "predict_cache_hit", "read_cache", "requests", "watch_cache", "watch_steps",
+        "blocks", "cache_stats", "predict_cache_hit", "read_cache", "replay_sample", "requests", "watch_cache",
+        "watch_steps",
     }  # fmt: skip
     assert inspect.signature(Client) == inspect.signature(AsyncClient)
 

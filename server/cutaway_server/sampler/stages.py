@@ -58,7 +58,8 @@ class Stages:
     @classmethod
     def of(cls, followed: Followed) -> Stages:
         """The way of a row whose token is valid."""
-        noted, scaled = followed.noted, -followed.noted["distances"]
+        noted = followed.noted
+        scaled: Logits = np.subtract(0, noted["distances"], dtype=np.float32)
         likelihood = np.exp(scaled.astype(np.float64))
         probabilities = likelihood / likelihood.sum()
         kept = [(name, _whole(noted[name], noted.get("places"), len(scaled))) for name in FILTERS if name in noted]
