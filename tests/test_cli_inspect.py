@@ -78,7 +78,7 @@ def test_hidden_lens_and_neurons_in_json_are_the_clients(run, client: Client) ->
     found = told(run("neurons", TEXT, "--json", "--top", "5", "--position", "1"))
     posts = client.trace(TEXT, points="post.*")
     every = np.stack([array.values for array in posts.values()])  # [layer, pos, d_mlp]
-    strongest = np.argsort(-every[:, 1].ravel())[:5]
+    strongest = np.argsort(-np.abs(every[:, 1]).ravel())[:5]
     assert [tuple(each) for each in zip(found["at"]["layer"], found["at"]["neuron"], strict=True)] == [
         tuple(map(int, divmod(each, every.shape[2]))) for each in strongest
     ]

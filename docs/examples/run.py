@@ -31,8 +31,9 @@ def run(path: Path) -> NotebookNode:
     with TemporaryDirectory() as sockets:  # TCP could be read by whoever is on this machine
         settings = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
         where = {"metadata": {"path": str(HERE)}}
-        client = NotebookClient(notebook, config=settings, timeout=SECONDS, kernel_name="python3", resources=where)
-        client.execute()
+        NotebookClient(
+            notebook, config=settings, timeout=SECONDS, kernel_name="python3", resources=where, coalesce_streams=True
+        ).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # when it ran: of no use, and different each time
     notebook.metadata.pop("language_info", None)

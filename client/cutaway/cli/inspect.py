@@ -15,7 +15,7 @@ from cutaway.cli.sample import sample
 
 @click.group()
 def inspect() -> None:
-    """Look inside the server: a prompt's inner values, and the KV cache.
+    """Look inside the server: a prompt's inner values, how tokens were picked, and the KV cache.
 
     All but `cache` ask for the scope introspect.
     """

@@ -32,7 +32,7 @@ def neurons(
     timeout: float | None,
     as_json: bool,
 ) -> None:
-    """Show the neurons with the largest activations at one token of PROMPT, and what they do at all others.
+    """Show the neurons with the largest activations (of either sign) at a token of PROMPT, and what they do elsewhere.
 
     A neuron is named by its layer and its place in it, as 20.705. Its activation is a value of `mlp.hook_post`: what
     the MLP's last matrix takes.
@@ -49,13 +49,13 @@ def neurons(
 def strongest(
     client: Client, prompt: Prompt, layers: list[int] | None, position: int, top: int
 ) -> list[tuple[int, int]]:
-    """Layer and number of the neurons with the largest activations, the largest first."""
+    """Layer and number of the neurons with the activations of largest size, the largest first."""
     from cutaway.capture import Capture
 
     capture = Capture("blocks.*.mlp.hook_post", layers=layers, positions=[position], top_k=top)
     seen = client.trace(prompt, captures=[capture])
     found = [
-        (float(value), int(name.split(".")[1]), int(neuron))
+        (abs(float(value)), int(name.split(".")[1]), int(neuron))
         for name, array in seen.items()
         for value, neuron in zip(array.values[0], array.indices.values[0], strict=True)
     ]
