@@ -16,6 +16,7 @@ from cutaway_server.kernels.batch import Batch
 from cutaway_server.kernels.cpu import CpuKernels
 from cutaway_server.kernels.library import load_library
 from cutaway_server.kernels.reference import ReferenceKernels
+from cutaway_server.kernels.rounding import NO_ROUNDING, ROUNDINGS
 from cutaway_server.kernels.weights import LayerWeights, Norm, Weights
 from cutaway_server.model.transformer import Transformer
 
@@ -66,20 +67,22 @@ def step(model: Transformer, work: Batch, pages: Pages) -> Callable[[], object]:
     return lambda: model.logits(model.forward(work, pages))
 
 
-def milliseconds(call: Callable[[], object]) -> float:
+def milliseconds(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
     """One call's time."""
-    start = time.perf_counter()
+    start = clock()
     call()
-    return (time.perf_counter() - start) * 1e3
+    return (clock() - start) * 1e3
 
 
-def compare(a: Callable[[], object], b: Callable[[], object], pairs: int) -> tuple[list[float], list[float]]:
+def compare(
+    a: Callable[[], object], b: Callable[[], object], pairs: int, clock: Callable[[], float] = time.perf_counter
+) -> tuple[list[float], list[float]]:
     """Times of both, A B B A, after one of each."""
     a(), b()
     times: tuple[list[float], list[float]] = [], []
     for _ in range(pairs):
         for which in (0, 1, 1, 0):
-            times[which].append(milliseconds((a, b)[which]))
+            times[which].append(milliseconds((a, b)[which], clock))
     return times
 
 
@@ -93,16 +96,23 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, nargs="*", default=[512])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--quantize", choices=sorted(ROUNDINGS), help="of the native kernels' weights")
+    parser.add_argument("--alone", action="store_true", help="beside themselves, not the reference")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="of all threads, over their number: for a machine that others use too"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    clock = (lambda: time.process_time() / options.threads) if options.cpu_time else time.perf_counter
     library = load_library()
     if library is None:
         raise SystemExit("the native library cannot be built here")
     dtype = getattr(torch, options.dtype)
     weights = random_weights(SMOLLM2, dtype)
     reference = Transformer(ReferenceKernels(SMOLLM2, weights, 8192))
-    native = Transformer(CpuKernels(SMOLLM2, weights, 8192, library, options.variant))
+    rounding = ROUNDINGS.get(options.quantize, NO_ROUNDING)
+    native = Transformer(CpuKernels(SMOLLM2, weights, 8192, library, options.variant, rounding=rounding))
     work = [(f"decode {n} rows at {c}", n, 1, c) for c in options.contexts for n in options.rows]
     work += [(f"prefill {n}", 1, n, 0) for n in options.prefill]
     records = []
@@ -110,7 +120,8 @@ def main() -> None:
         one = batch(sequences, rows, context)
         pages = allocate_pages(SMOLLM2, int(one.block_table.max()) + 1, PAGE, dtype, torch.device("cpu"))
         pages.keys.normal_(), pages.values.normal_()
-        slow, fast = compare(step(reference, one, pages), step(native, one, pages), options.pairs)
+        other = step(native if options.alone else reference, one, pages)
+        slow, fast = compare(other, step(native, one, pages), options.pairs, clock)
         records.append(
             {"work": name, "reference_ms": statistics.median(slow), "native_ms": statistics.median(fast),
              "reference_all": slow, "native_all": fast, "tokens": sequences * rows}

@@ -20,14 +20,13 @@ HEAD = """\
 
 `cutaway-server` serves them at `http://127.0.0.1:9464/metrics` (`--metrics-listen HOST:PORT`; `none` serves none) in
 Prometheus's text format. They are the engine's own counters, read when Prometheus asks. Until the model is loaded there
-are only those under "Server" and of the process.
+are only those under "Server", of the process, and of calls of introspection.
 
 Every metric has the labels `model_name` (as clients are told it) and `engine` (`0`: a server has one); the column
 "labels" has what comes beside them. Counters start at 0 with the server. Counters and histograms exist from the start,
 with every label value they can have, so that a rate never misses the first event.
 
 `deploy/prometheus` has a scrape config with recording and alert rules, `deploy/grafana` the dashboards.
-Metrics of introspection come with its RPCs: nothing of it can be counted yet.
 """
 PROCESS = """
 ## Process

@@ -436,10 +436,10 @@ class Terminal:
 
     def interrupt(self) -> int:
         """Press Ctrl-C at a prompt, again if it came just before readline began to wait; the exit code."""
-        for _ in range(2 * PATIENCE):
+        for _ in range(PATIENCE):
             self.type("\x03")
             with contextlib.suppress(subprocess.TimeoutExpired):
-                return self.process.wait(0.5)
+                return self.process.wait(5)
         raise AssertionError("Ctrl-C does not end it")
 
     def everything(self) -> str:

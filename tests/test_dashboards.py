@@ -73,7 +73,7 @@ def test_every_query_reads_metrics_and_labels_that_a_live_server_has(asked: Aske
 
 
 def test_label_values_that_queries_pick_exist(live: Scrape) -> None:
-    picked = re.compile(r'(\w+)\{[^}]*\b(reason|state|code|phase|le)="([^"]+)"')
+    picked = re.compile(r'(\w+)\{[^}]*\b(reason|state|code|phase|rpc|what|le)="([^"]+)"')
     for asked in panel_queries() + rule_queries():
         for name, label, value in picked.findall(asked.expr):
             values = {s.labels.get(label) for s in live.samples if s.name == name}
@@ -151,4 +151,9 @@ def test_names_end_as_prometheus_asks() -> None:
     for spec in (spec for heading, specs in CATALOG.items() if "vLLM" not in heading for spec in specs):
         assert re.fullmatch(r"cutaway_[a-z_]+", spec.name)
         assert (spec.kind == "counter") == spec.name.endswith("_total")
-        assert spec.name.endswith(units.get(spec.unit, "")), spec.name
+        assert spec.name.removesuffix("_total").endswith(units.get(spec.unit, "")), spec.name
+
+
+def test_kubernetes_gets_every_dashboard() -> None:
+    made = yaml.safe_load((DEPLOY / "grafana" / "kustomization.yaml").read_text())["configMapGenerator"][0]["files"]
+    assert made == [f"dashboards/{path.name}" for path in DASHBOARDS]

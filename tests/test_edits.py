@@ -24,7 +24,7 @@ from engines import ask, run
 from looking import everything, watch
 from networks import PLAIN
 from secured import write_keys
-from serving import serving
+from serving import eventually, serving
 from test_probe import PROMPTS, prompt, run_beside, same, tiny_engine
 from torch import Tensor, nn
 
@@ -286,6 +286,18 @@ def test_generation_is_steered_from_the_position_on_and_cached_apart(served: Sim
     assert other.usage.cached_tokens == 16, "what comes before the edit is shared"
 
 
+def test_pages_of_rows_that_another_request_did_not_edit_are_not_taken_for_edited_ones(served: SimpleNamespace) -> None:
+    edit = Edit.add("resid_post.0", VECTOR, positions="prompt")
+    options = {"temperature": 0, "ignore_eos": True, "edits": [edit]}
+    first = served.client.complete(token_ids=IDS, max_tokens=60, **options)
+    longer = [*IDS, *first.token_ids[:50]]
+    cached = served.client.trace(token_ids=longer, points=["logits"], edits=[edit], positions="last")
+    fresh = served.client.trace(
+        token_ids=longer, points=["logits"], edits=[edit], positions="last", prefix_caching=False
+    )
+    assert np.array_equal(cached["logits"].values, fresh["logits"].values)
+
+
 def test_a_sampled_token_is_overridden(served: SimpleNamespace) -> None:
     options = {"token_ids": IDS, "max_tokens": 5, "temperature": 0, "ignore_eos": True, "logprobs": 0}
     plain = served.client.complete(**options)
@@ -367,7 +379,8 @@ def test_edited_requests_are_alone_what_they_are_among_others_and_leave_them_alo
     seen = watch(engine, *requests)
     assert engine.observed.preemptions > 0
     for request in requests:
-        same(seen[request.request_id], watch(tiny_engine(PLAIN, native_kernels), request)[request.request_id])
+        alone = watch(tiny_engine(PLAIN, native_kernels), request)[request.request_id]
+        same(seen[request.request_id], alone, native_kernels)
     again = watch(engine, *requests)
     for request in requests:
         assert again[request.request_id].tokens == seen[request.request_id].tokens, "from cached pages"
@@ -412,3 +425,49 @@ def test_random_positions_are_those_that_are_edited() -> None:
         different = (seen.value(mid)[0] != as_it_was.value(mid)[0]).any(1)
         assert all(different[position] for position in listed)
         assert not different[: min(listed)].any()
+
+
+ODD: dict[str, list[Any]] = {
+    "layers": [[0], [-1, 2], [9]],
+    "heads": [[0], [3, -1], [4]],
+    "positions": ["last", "generated", "steps", [0, -1], range(3, 99, 4), [77]],
+    "keys": [[(0, 3)], [(5, 5)], [range(9, 4000)]],
+    "elements": [[0, 1], [5000]],
+    "dtype": ["BF16", "F16", "F8"],
+    "top_k": [3, 0],
+    "pool": [4],
+    "norm": [True],
+    "head_summary": [True],
+    "lens": [2],
+}
+
+
+def test_fuzzed_requests_are_answered_or_refused_and_leave_nothing_behind(served: SimpleNamespace) -> None:
+    source = random.Random(served.family)
+    names = [p.name.replace("{i}", "*") for p in served.client.list_points()]
+    plain = served.client.complete(token_ids=IDS, max_tokens=2, temperature=0, ignore_eos=True).token_ids
+    answered = 0
+    for _ in range(120):
+        odd = {name: source.choice(values) for name, values in ODD.items() if source.random() < 0.15}
+        capture = Capture(source.choice([*names, "blocks.1.nothing"]), **odd)
+        edit = source.choice(
+            [
+                Edit.scale(
+                    source.choice(names), source.choice([0.0, 1.5, -1.0]), positions=source.choice(["all", [3]])
+                ),
+                Edit.zero(source.choice(names), heads=source.choice([None, [1], [8]])),
+                Edit.knock_out(layers=source.choice(["all", [1], [5]]), queries=[-1], keys=source.choice([[0], [99]])),
+                Edit.add(source.choice(names), np.ones(source.choice([1, 16, 64, 64]))),
+            ]
+        )
+        options = {"captures": [capture], "edits": source.choice([[], [edit]])}
+        try:
+            served.client.trace(token_ids=IDS, max_tokens=source.choice([0, 1, 3]), ignore_eos=True, **options)
+            answered += 1
+        except InvalidArgument:
+            continue
+    assert answered > 10
+    again = served.client.complete(token_ids=IDS, max_tokens=2, temperature=0, ignore_eos=True).token_ids
+    assert again == plain
+    assert served.live.is_clean() or eventually(served.live.is_clean)
+    assert served.live.server._generation._held == 0

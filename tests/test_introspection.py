@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -260,7 +261,7 @@ def test_arrays_become_torch_files_and_pictures(served: SimpleNamespace, tmp_pat
         assert set(file.keys()) == {f"{array.name}{part}" for part in ("", "#values", "#indices", "#mass")}
         assert np.array_equal(file.get_tensor(f"{array.name}#indices"), array.indices)
         assert array.model_hash in file.metadata()[array.name]
-    assert "<table" in array._repr_html_()
+    assert "<div" in array._repr_html_()
     assert "blocks.*.attn.hook_pattern" in array._repr_html_()
 
 
@@ -297,7 +298,7 @@ def test_a_reader_who_leaves_gives_everything_back(served: SimpleNamespace) -> N
     next(stream)
     stream.close()
     assert eventually(live.is_clean)
-    assert eventually(lambda: live.server._generation._held == 0)
+    assert eventually(lambda: live.server._generation.held == 0)
 
 
 def test_capture_memory_is_shared_and_given_back(tmp_path: Path) -> None:
@@ -309,5 +310,33 @@ def test_capture_memory_is_shared_and_given_back(tmp_path: Path) -> None:
         with pytest.raises(ResourceExhausted, match="requests at work may hold"):
             client.complete("Hi", captures=[capture], max_tokens=350, ignore_eos=True, n=3)
         first.close()
-        assert eventually(lambda: live.server._generation._held == 0)
+        assert eventually(lambda: live.server._generation.held == 0)
         assert client.trace("Hi", points=["logits"])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt2", "olmo2", "phi3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_server_proves_itself(family: str, dtype: str, tmp_path: Path) -> None:
+    tiny.save_tiny(family, tmp_path)
+    with serving(tmp_path, dtype=dtype, max_batch_tokens=16, max_running=8) as live, Client(live.address) as client:
+        told = client.self_check()
+        assert told.holds, [each for each in told.identities if not each.holds]
+        assert told.prompt_tokens == 24
+        assert len(told.identities) >= 9
+        assert sum(each.exact for each in told.identities) == 4
+        assert client.self_check("The capital of France").holds
+        with pytest.raises(InvalidArgument, match="must have 2 to 256"):
+            client.self_check([5])
+
+
+def test_a_fault_is_found_by_the_self_check(served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = served.live.engine.model.kernels
+    open_it = kernels.open_mlp_output
+
+    def faulty(layer: int, hidden: torch.Tensor, residual: torch.Tensor) -> object:
+        added = open_it(layer, hidden, residual)
+        return replace(added, added=added.added * 1.0001)
+
+    monkeypatch.setattr(kernels, "open_mlp_output", faulty)
+    told = served.client.self_check()
+    assert [each.name for each in told.identities if not each.holds] == ["mlp_is_added"]

@@ -18,6 +18,7 @@ import torch
 import transformers
 from cutaway import (
     Client,
+    Edit,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
@@ -177,6 +178,16 @@ def test_the_hit_predicted_is_the_hit_that_comes(live: LiveServer, client: Clien
     assert client.cache_stats().prefix_queried_tokens == live.engine.observed.prefix_queries
 
 
+def test_the_hit_of_an_edited_request_is_predicted_with_its_edits(client: Client) -> None:
+    asked: dict[str, Any] = {"token_ids": PROMPT, "edits": [Edit.zero("blocks.1.hook_mlp_out", positions=[20])]}
+    make(client, PROMPT, 1)
+    before = client.predict_cache_hit(**asked)
+    assert before.cached_tokens == client.complete(**asked, max_tokens=1).started.cached_tokens == PAGE
+    after = client.predict_cache_hit(**asked)
+    assert after.cached_tokens == client.complete(**asked, max_tokens=1).started.cached_tokens == 2 * PAGE
+    assert client.predict_cache_hit(token_ids=PROMPT).cached_tokens == 2 * PAGE
+
+
 def test_a_prediction_leaves_no_trace(live: LiveServer, client: Client) -> None:
     make(client, PROMPT, 1)
     pool = live.engine.scheduler.pool
@@ -203,6 +214,17 @@ def test_keys_and_values_read_are_those_of_transformers(models: SimpleNamespace,
         assert (read.prompt_tokens, read.tokens, read.stored, read.running) == (40, 49, 48, False)
         assert (read.stored_dtype, read.quantization) == ("F32", "none")
         assert read.model_hash == client.model().model_hash
+
+
+def test_keys_and_values_read_are_those_captured(client: Client) -> None:
+    points = ["blocks.*.attn.hook_rot_k", "blocks.*.attn.hook_v"]
+    make(client, PROMPT, 1, request_id="one")
+    captured, read = client.trace(token_ids=PROMPT, points=points), client.read_cache("one")
+    for name, array in zip(points, (read.keys, read.values), strict=True):
+        for layer in range(3):
+            ours = captured[name.replace("*", str(layer))]
+            assert ("layer", *ours.axes) == array.axes
+            assert np.array_equal(ours, array[layer])
 
 
 def test_keys_and_values_are_read_by_layer_head_and_position(live: LiveServer, client: Client) -> None:

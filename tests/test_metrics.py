@@ -133,14 +133,19 @@ def test_each_way_to_end_is_counted_as_what_it_is(tiny: Path) -> None:
         client.Abort(v1.AbortRequest(request_id="told"))
         assert [r.finished for r in call][-1].completions[0].finish_reason == v1.FINISH_REASON_ABORT
         assert code_of(client.Generate(asking(ids, temperature=-1))) is grpc.StatusCode.INVALID_ARGUMENT
-        assert code_of(client.Generate(asking(ids, max_tokens=400), timeout=0.3)) is grpc.StatusCode.DEADLINE_EXCEEDED
+        for _ in range(3):
+            late = client.Generate(asking(ids, max_tokens=400), timeout=0.3)
+            assert code_of(late) is grpc.StatusCode.DEADLINE_EXCEEDED
         now = settled(live)
     ended = now.by("cutaway_requests_finished_total", "reason")
     assert (ended["length"], ended["stop"]) == (1, 1)
-    assert ended["abort"] + ended.get("deadline", 0) == 3  # a deadline is seen by the engine or by gRPC first
+    assert ended["abort"] + ended.get("deadline", 0) == 5  # a deadline is seen by the engine or by gRPC first
     assert sum(now.by("cutaway_requests_cancelled_total", "phase").values()) == ended["abort"]
     assert now.by("cutaway_requests_cancelled_total", "phase")["decode"] >= 1
-    assert now.by("cutaway_requests_failed_total", "code") == {"INVALID_ARGUMENT": 1, "DEADLINE_EXCEEDED": 1}
+    failed = now.by("cutaway_requests_failed_total", "code")
+    assert set(failed) == {"INVALID_ARGUMENT", "DEADLINE_EXCEEDED"}
+    assert failed["INVALID_ARGUMENT"] == 1
+    assert 1 <= failed["DEADLINE_EXCEEDED"] <= 3  # on a machine so busy that calls arrive late, some look cancelled
 
 
 def test_what_runs_and_what_waits_is_told_while_it_does(tiny: Path) -> None:

@@ -81,10 +81,10 @@ def looked(name: str, config: Any, max_tokens: int = 6, **sampling: Any) -> Any:
     return replace(ask(name, PROMPTS[name], max_tokens=max_tokens, **sampling), captures=everything(config))
 
 
-def same(mine: Seen, other: Seen, *, bits: bool = True) -> None:
+def same(mine: Seen, other: Seen, native_kernels: bool) -> None:
     assert mine.error is None
     assert mine.tokens == other.tokens
-    for number in range(len({piece.number for piece in other.pieces})):
+    for number, name in {piece.number: piece.name for piece in other.pieces}.items():
         for index in {piece.index for piece in other.pieces}:
             ours, theirs = mine.rows(number, index), other.rows(number, index)
             assert ours.keys() == theirs.keys(), (number, index)
@@ -92,13 +92,13 @@ def same(mine: Seen, other: Seen, *, bits: bool = True) -> None:
                 for a, b in zip(ours[position], parts, strict=True):
                     keys = min(a.data.shape[-1], b.data.shape[-1])  # patterns are as wide as their chunk's last query
                     a_data, b_data = a.data[..., :keys], b.data[..., :keys]
-                    assert equal(number, a_data, b_data), (number, position, a.name)
+                    assert equal(name, a_data, b_data, native_kernels), (name, position, a.name)
 
 
-def equal(number: int, mine: Any, other: Any) -> bool:
-    """The same bits; patterns and scores, which are computed again from the pages, to fp32's last digits."""
-    if everything(PLAIN)[number].template in KEYED:
-        return np.allclose(mine, other, rtol=1e-5, atol=1e-6)
+def equal(name: str, mine: Any, other: Any, native_kernels: bool) -> bool:
+    """The same bits; patterns and scores by the reference, whose products change with their shape, nearly so."""
+    if "hook_pattern" in name or "hook_attn_scores" in name:
+        return np.array_equal(mine, other) if native_kernels else np.allclose(mine, other, rtol=1e-5, atol=1e-6)
     return np.array_equal(mine, other)
 
 
@@ -123,7 +123,7 @@ def test_what_is_seen_in_a_mixed_chunked_preempted_cached_batch_is_what_is_seen_
     assert engine.observed.preemptions > 0, "nothing was preempted"
     assert any(piece.revisited for piece in seen["r2"].pieces), "no cached row was looked at"
     for name, ids in PROMPTS.items():
-        same(seen[name], alone_seen(name, config, native_kernels, max_tokens=24))
+        same(seen[name], alone_seen(name, config, native_kernels, max_tokens=24), native_kernels)
         assert seen[name].positions(2) == list(range(len(ids))), "prompt rows come once each, none is missing"
         assert seen[name].positions(2, 0) == list(range(len(ids), len(ids) + 23)), "the last token has no row"
 
@@ -207,11 +207,11 @@ def test_rows_that_the_prefix_cache_has_are_revisited_alone() -> None:
     again = watch(engine, replace(ask("b", ids, max_tokens=0), captures=everything(PLAIN, rows=rows)))["b"]
     assert again.positions(2) == [3, 4, 40]
     assert sum(name == "plan" for name, *_ in engine.model.kernels.names) < 10
-    for number in range(len(everything(PLAIN))):
+    for number, capture in enumerate(everything(PLAIN)):
         for position in (3, 4, 40):
             a, b = again.rows(number)[position][0].data, whole.rows(number)[position][0].data
             keys = min(a.shape[-1], b.shape[-1])
-            assert equal(number, a[..., :keys], b[..., :keys]), number
+            assert equal(capture.template, a[..., :keys], b[..., :keys], False), number
 
 
 def test_captures_come_before_the_token_they_led_to() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -21,6 +22,9 @@ from typing import Any
 import grpc
 import pytest
 import yaml
+from cutaway.v1 import capture_pb2, machine_pb2
+from cutaway.v1 import introspection_pb2 as inside
+from inspecting import Seen, capture, doubled, looking
 from promql import DASHBOARDS, DEPLOY, Asked, panel_queries, rule_queries, selectors
 from scraping import fetch, scrape
 from serving import LiveServer, asking, eventually, serving, stub
@@ -88,6 +92,7 @@ class Load:
     prompt_tokens: int
     cached_tokens: int
     generated: int
+    inspected: Seen
 
 
 def free_port() -> int:
@@ -129,10 +134,12 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Load]:
 
 
 def drive(prometheus: Prometheus, live: LiveServer) -> Load:
-    """Sixteen clients for a while: most finish, some leave, some ask nonsense."""
+    """Sixteen clients for a while: most finish, some leave, some ask nonsense; and one that looks inside."""
     start = time.time()
     usages: list[Any] = []
+    inspected = Seen()
     threads = [threading.Thread(target=client, args=(live, seed, start + SECONDS, usages)) for seed in range(16)]
+    threads.append(threading.Thread(target=inspect, args=(live, start + SECONDS, inspected)))
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -140,8 +147,9 @@ def drive(prometheus: Prometheus, live: LiveServer) -> Load:
     end = time.time()
     assert eventually(live.is_clean)
     time.sleep(1.5)  # for a last scrape of what is then at rest
+    usages += inspected.usages
     sums = [sum(getattr(u, f"{kind}_tokens") for u in usages) for kind in ("prompt", "cached", "completion")]
-    return Load(prometheus, live, start, end, len(usages), *sums)
+    return Load(prometheus, live, start, end, len(usages), *sums, inspected)
 
 
 def client(live: LiveServer, seed: int, until: float, usages: list[Any]) -> None:
@@ -155,6 +163,28 @@ def client(live: LiveServer, seed: int, until: float, usages: list[Any]) -> None
             question = list(range(begin, begin + chance.randrange(40, 160)))
             call = calls.Generate(asking(question, max_tokens=chance.randrange(2, 250), n=chance.choice((1, 1, 2))))
             usages += [r.finished.usage for r in call if r.WhichOneof("event") == "finished"]
+
+
+def inspect(live: LiveServer, until: float, seen: Seen) -> None:
+    """Reads, changes, and does both, in prompts that begin alike and are partly found in the cache."""
+    everywhere, edit = capture("blocks.*.hook_resid_post"), doubled("blocks.1.hook_resid_post", 3)
+    lens, k = capture_pb2.Lens(top_k=3), capture_pb2.TopK(k=4)
+    with grpc.insecure_channel(live.address) as channel, stub(live.address) as calls:
+        for i in range(10**6):
+            if time.time() > until:
+                return
+            prompt = [*range(40, 80), *(40 + (i * j) % 200 for j in range(20))]
+            traced = looking(prompt, everywhere, capture("blocks.*.attn.hook_pattern", top_k=k), max_tokens=30)
+            [began, *_] = seen.call(channel, "Trace", inside.TraceRequest(generate=traced))
+            with contextlib.suppress(grpc.RpcError):  # what was kept of it has been evicted: that counts as refused
+                name = began.event.started.request_id
+                seen.call(channel, "ReadCache", machine_pb2.ReadCacheRequest(request_id=name))
+            plain = looking(prompt, max_tokens=0)
+            seen.call(channel, "GetHiddenStates", inside.GetHiddenStatesRequest(generate=plain))
+            seen.call(channel, "LogitLens", inside.LogitLensRequest(generate=plain, lens=lens))
+            seen.call(channel, "GetCacheStats")
+            seen.take(calls.Generate(looking(prompt, edits=[edit], max_tokens=3)))
+            seen.take(calls.Generate(looking(prompt, everywhere, edits=[edit], max_tokens=3)))
 
 
 def misbehave(calls: Any, chance: random.Random) -> None:
@@ -199,6 +229,23 @@ def test_prometheus_has_exactly_what_clients_saw(load: Load) -> None:
     assert last("cutaway_requests_failed_total", 'code="INVALID_ARGUMENT"') > 10
     assert last("cutaway_preemptions_total") > 0
     assert last("cutaway_kv_cache_evictions_total") > 0
+
+
+def test_prometheus_has_exactly_the_rows_and_bytes_that_were_captured_and_sent(load: Load) -> None:
+    def last(metric: str, label: str) -> dict[str, float]:
+        """The values that are not 0, by a label."""
+        found = load.prometheus.get("query", query=f"{metric} > 0")["result"]
+        return {sample["metric"].get(label, ""): float(sample["value"][1]) for sample in found}
+
+    seen = load.inspected
+    assert last("cutaway_introspection_requests_total", "rpc") == +seen.begun
+    assert last("cutaway_introspection_received_bytes_total", "rpc") == +seen.asked_bytes
+    assert last("cutaway_introspection_sent_bytes_total", "rpc") == +seen.answered_bytes
+    assert last("cutaway_introspection_request_seconds_count", "rpc") == +seen.begun
+    assert last("cutaway_captured_rows_total", "engine") == {"0": seen.captured_rows}
+    assert last("cutaway_captured_bytes_total", "engine") == {"0": seen.captured_bytes}
+    assert last("cutaway_introspection_steps_total", "what").keys() == {"captures", "edits", "both"}
+    assert last("cutaway_capture_memory_bytes", "state").keys() == {"free"}, "all is given back"
 
 
 def test_the_variables_of_the_dashboards_offer_this_server(load: Load) -> None:

@@ -16,7 +16,7 @@ import cutaway.v1
 import grpc
 import pytest
 from certificates import Authority
-from cutaway import Client, NotFound, PermissionDenied, QueueFull, Unauthenticated
+from cutaway import Capture, Client, NotFound, PermissionDenied, QueueFull, Unauthenticated
 from cutaway.v1 import inference_pb2 as v1
 from cutaway_server import errors
 from cutaway_server.service.access import KNOWN, METHODS
@@ -40,7 +40,8 @@ ALL_MAY = {
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 }
-GENERATORS_MAY = {f"/cutaway.v1.Inference/{name}" for name in ("Generate", "Abort", "Tokenize", "Detokenize")}
+GENERATORS_MAY = {f"/cutaway.v1.Inference/{name}" for name in ("Generate", "Abort")}
+BOTH_MAY = {f"/cutaway.v1.Inference/{name}" for name in ("Tokenize", "Detokenize")}
 LOW = new_key()
 INTROSPECTION = "/cutaway.v1.Introspection/"
 OBSERVERS_MAY = {
@@ -54,14 +55,17 @@ LOOKERS_MAY = {
         "GetHiddenStates",
         "GetAttention",
         "LogitLens",
+        "SelfCheck",
         "Estimate",
         "Attribution",
         "ReadCache",
+        "ReplaySample",
     )
 }
 MAY = {
     **dict.fromkeys(ALL_MAY, EVERY_SCOPE),
     **dict.fromkeys(GENERATORS_MAY, ("generate",)),
+    **dict.fromkeys(BOTH_MAY, ("generate", "introspect")),
     **dict.fromkeys(OBSERVERS_MAY, ("observe",)),
     INTROSPECTION + "PredictCacheHit": ("generate", "observe"),
     **dict.fromkeys(LOOKERS_MAY, ("introspect",)),
@@ -292,6 +296,31 @@ def test_bytes_of_captures_are_held_for_a_tenant_and_given_back() -> None:
         _ = 1 // 0
     with quotas.captures(one, 100):
         pass
+
+
+def test_what_captures_may_come_to_counts_for_the_tenant_once_and_is_given_back(tiny: Path, tmp_path: Path) -> None:
+    file, scopes = tmp_path / "keys.toml", ["generate", "introspect"]
+    keys = write_keys(file, {"one": (scopes, "t"), "other": (scopes, "free")})
+    asked = {"captures": [Capture("blocks.1.hook_resid_post")], "ignore_eos": True}
+    with (
+        serving(tiny, api_keys=str(file), pace=0.005) as live,
+        Client(live.address, api_key=keys["one"]) as one,
+        Client(live.address, api_key=keys["other"]) as other,
+    ):
+        size = one.estimate("Hi", points=["blocks.1.hook_resid_post"], max_tokens=100).bytes
+        write_keys(file, {"one": (scopes, "t"), "other": (scopes, "free")}, limit_of(size), keys)
+        live.loop.call_soon_threadsafe(live.server.reload)
+        first = one.generate("Hi", max_tokens=100, **asked)
+        next(first)
+        with pytest.raises(QueueFull, match=f"^{size} bytes of captures are held for tenant 't', .* {size} may be"):
+            one.complete("Hi", max_tokens=1, **asked)
+        assert other.complete("Hi", max_tokens=100, **asked).token_ids
+        list(first)
+        assert one.complete("Hi", max_tokens=100, **asked).token_ids
+
+
+def limit_of(size: int) -> str:
+    return f'[[tenant]]\nname = "t"\nmax_capture_bytes = {size}\n'
 
 
 def test_a_key_of_more_priority_takes_a_place_and_who_had_it_goes_on_as_if_nothing_had_been(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -13,10 +14,11 @@ import grpc
 import pytest
 from certificates import Authority
 from cutaway import Client, InvalidArgument, PermissionDenied, Unauthenticated
+from cutaway.v1 import inference_pb2 as v1
 from cutaway_server.errors import ModelError
 from cutaway_server.service.audit import AuditError, AuditLog
 from cutaway_server.service.caller import ANYBODY, Call
-from cutaway_server.service.status import status_of
+from cutaway_server.service.status import answering, status_of
 from secured import write_keys
 from serving import eventually, program, serving
 from tiny import save_tiny
@@ -153,6 +155,17 @@ def test_errors_tell_no_path_no_address_and_no_other_tenant(tiny: Path, tmp_path
         assert len(told) > 60
         for words in (str(tmp_path), str(tiny), live.address, "127.0.0.1", "anna", "/site-packages", "0x", keys["b"]):
             assert not any(words in details for details in told), words
+
+
+async def test_a_message_that_has_no_reader_any_more_is_no_error_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    async def unread(request: Any, context: Any) -> None:
+        raise grpc.aio.InternalError("Failed execute_batch")
+
+    with caplog.at_level(logging.INFO), pytest.raises(asyncio.CancelledError):
+        await answering(unread, v1.GetModelRequest)(b"", None)  # type: ignore[arg-type]
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "unread: the client has left")
+    ]
 
 
 def test_what_the_server_says_of_its_own_files_stays_here() -> None:

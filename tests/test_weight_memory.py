@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from cutaway_server.kernels.cpu import CpuKernels
 from cutaway_server.kernels.library import load_library
+from cutaway_server.kernels.memory import trim
 from cutaway_server.kernels.rounding import NO_ROUNDING, ROUNDINGS
 from networks import SHAPES, random_weights
 
@@ -41,13 +42,14 @@ def watch():
         peak[0] = max(peak[0], anonymous())
 
 weights = random_weights(config, dtype=torch.bfloat16)
-full = weights.n_bytes
+trim()  # what making them left
+full, weight_bytes = anonymous(), weights.n_bytes
 thread = threading.Thread(target=watch)
 thread.start()
 kernels = CpuKernels(config, weights, 64, library, consume=True, rounding=ROUNDINGS.get(sys.argv[1], NO_ROUNDING))
 done.set()
 thread.join()
-print(json.dumps({"weights": full, "peak": peak[0] - before, "after": anonymous() - before}))
+print(json.dumps({"weights": weight_bytes, "more": peak[0] - full, "after": anonymous() - before}))
 """
 
 
@@ -92,5 +94,5 @@ def test_packing_takes_little_more_memory_than_the_weights(rounding: str) -> Non
     if measured is None:
         pytest.skip("no native library here")
     assert measured["weights"] > 50e6
-    assert measured["peak"] <= measured["weights"] + 2**26, measured  # whatever the weights' size
+    assert measured["more"] <= 2**26, measured  # whatever the weights' size
     assert measured["after"] <= (1.15 if rounding == "none" else 0.7) * measured["weights"], measured

@@ -128,6 +128,8 @@ class AsyncCalls:
 
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
+        self.tokenize = client.tokenize
+        self.detokenize = client.detokenize
 
     @property
     def introspection(self) -> IntrospectionAsyncStub:
@@ -228,7 +230,7 @@ class AsyncClient(AsyncInspecting, AsyncKeeping, AsyncSweeping, AsyncWeighing, A
     async def tokenize(self, text: str | None = None, **options: Unpack[TokenizeOptions]) -> Tokenized:
         """Turn a text or `messages=` into tokens; `merges=True` also tells how byte-pair encoding got there."""
         request = requests.tokenize_request(text, options)
-        return replies.tokenized(await self._ask(self._stub().Tokenize, request, options.get("timeout")))
+        return replies.tokenized(await self._ask(self._stub().Tokenize, request, options.get("timeout")), text)
 
     async def detokenize(
         self, ids: Iterable[int], *, skip_special_tokens: bool | None = None, timeout: float | None = None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar, Unpack, overload
 
 from cutaway import looking
-from cutaway.errors import InvalidArgument
 from cutaway.looking import (
     AttentionOptions,
     AttributionOptions,
@@ -17,7 +16,7 @@ from cutaway.looking import (
     Prompt,
     TraceOptions,
 )
-from cutaway.results import AttributionResult, Estimate, LensResult, Point
+from cutaway.results import AttributionResult, Estimate, LensResult, Point, SelfCheck
 from cutaway.v1 import introspection_pb2 as pb
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ class AsyncInspecting:
                 await self._calls.read(self._calls.introspection.Trace, request, options.get("timeout"))
             )
 
-        return await _each(one, prompt, prompts)
+        return await _each(one, prompt, prompts, options)
 
     @overload
     async def hidden_states(
@@ -81,7 +80,7 @@ class AsyncInspecting:
             method = self._calls.introspection.GetHiddenStates
             return looking.hidden_states(await self._calls.read(method, request, options.get("timeout")))
 
-        return await _each(one, prompt, prompts)
+        return await _each(one, prompt, prompts, options)
 
     @overload
     async def attention(
@@ -103,7 +102,7 @@ class AsyncInspecting:
             method = self._calls.introspection.GetAttention
             return looking.attention(await self._calls.read(method, request, options.get("timeout")))
 
-        return await _each(one, prompt, prompts)
+        return await _each(one, prompt, prompts, options)
 
     @overload
     async def logit_lens(
@@ -115,13 +114,28 @@ class AsyncInspecting:
         self, prompt: Prompt | None = None, *, prompts: Sequence[Prompt] | None = None, **options: Unpack[LensOptions]
     ) -> LensResult | list[LensResult]:
         """What the model would say if it ended after each layer."""
+        timeout = options.get("timeout")
+        if any(isinstance(token, str) for token in options.get("tokens", ())):
+            options["tokens"] = [await self._id(token, timeout) for token in options["tokens"]]
 
         async def one(prompt: Prompt | None) -> LensResult:
             request = looking.lens_request(prompt, options)
-            method = self._calls.introspection.LogitLens
-            return looking.lens_result(await self._calls.read(method, request, options.get("timeout")))
+            lens = looking.lens_result(await self._calls.read(self._calls.introspection.LogitLens, request, timeout))
+            ids = looking.ids_of(lens)
+            return looking.with_texts(lens, (await self._calls.detokenize(ids, timeout=timeout)).texts if ids else ())
 
-        return await _each(one, prompt, prompts)
+        return await _each(one, prompt, prompts, options)
+
+    async def _id(self, token: int | str, timeout: float | None) -> int:
+        if not isinstance(token, str):
+            return token
+        told = await self._calls.tokenize(token, add_special_tokens=False, timeout=timeout)
+        return looking.only_id(token, told.ids, told.pieces)
+
+    async def self_check(self, prompt: Prompt | None = None, *, timeout: float | None = None) -> SelfCheck:
+        """Test on a prompt what must hold of the served model's inner values."""
+        request = looking.self_check_request(prompt, timeout)
+        return looking.self_check(await self._calls.ask(self._calls.introspection.SelfCheck, request, timeout))
 
     @overload
     async def features(
@@ -143,7 +157,7 @@ class AsyncInspecting:
             method = self._calls.introspection.Trace
             return looking.features(await self._calls.read(method, request, options.get("timeout")))
 
-        return await _each(one, prompt, prompts)
+        return await _each(one, prompt, prompts, options)
 
     @overload
     async def attribution(
@@ -167,7 +181,7 @@ class AsyncInspecting:
             method = self._calls.introspection.Attribution
             return looking.attributed(await self._calls.read(method, request, options.get("timeout")))
 
-        return await _each(one, prompt, prompts)
+        return await _each(one, prompt, prompts, options)
 
     async def estimate(self, prompt: Prompt | None = None, **options: Unpack[TraceOptions]) -> Estimate:
         """Tell what a `trace` (or `generate` with these captures) would send, without computing it."""
@@ -178,17 +192,23 @@ class AsyncInspecting:
 
 
 async def _each(
-    one: Callable[[Prompt | None], Awaitable[Answer]], prompt: Prompt | None, prompts: Sequence[Prompt] | None
+    one: Callable[[Prompt | None], Awaitable[Answer]],
+    prompt: Prompt | None,
+    prompts: Sequence[Prompt] | None,
+    options: Mapping[str, object],
 ) -> Answer | list[Answer]:
     """The answer for one prompt, or for each of several, asked about at the same time."""
     if prompts is None:
         return await one(prompt)
-    if prompt is not None:
-        raise InvalidArgument("prompts: give a prompt or prompts, not both")
+    asked = looking.several(prompt, prompts, options)
     places = asyncio.Semaphore(AT_ONCE)
 
-    async def placed(prompt: Prompt) -> Answer:
+    async def placed(place: int) -> Answer:
         async with places:
-            return await one(prompt)
+            try:
+                return await one(asked[place])
+            except Exception as error:
+                looking.told_which(error, place)
+                raise
 
-    return list(await asyncio.gather(*map(placed, prompts)))
+    return list(await asyncio.gather(*map(placed, range(len(asked)))))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from cutaway.safetensors import encoded
 
@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
 Places = range | tuple[int, ...]
+Axis = str | int | Sequence[str | int] | None
 
 
 @dataclass(frozen=True, eq=False)
-class Array:
+class Array(NDArrayOperatorsMixin):
     """A numpy array whose axes have names and whose places say what they are.
 
-    `array.values` is the numpy array, and numpy's functions take `array` itself. `at["pos"]` are the absolute positions
-    along that axis, `at["head"]` the heads, and so on. `name` is the canonical name of the point.
+    `array.values` is the numpy array; numpy's functions and operators take `array` itself. What is computed element by
+    element, as `after - before`, keeps the names. `at["pos"]` are the absolute positions along that axis, `at["head"]`
+    the heads, and so on. `name` is the canonical name of the point.
     """
 
     values: NDArray[Any]
@@ -35,6 +37,7 @@ class Array:
     model_hash: str = ""
     dtype_sent: str = ""  # as safetensors names it; BF16 is held as float32
     parts: Mapping[str, Array] = field(default_factory=dict)  # of a reduction: "indices", "mass", ...
+    tokens: tuple[str, ...] = ()  # text of each token from position 0 on, if it was `labelled`
 
     def __post_init__(self) -> None:
         assert self.values.ndim == len(self.axes), "every axis has a name"
@@ -43,6 +46,11 @@ class Array:
     def shape(self) -> tuple[int, ...]:
         """Sizes of the axes."""
         return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        """How many axes there are."""
+        return self.values.ndim
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -76,6 +84,20 @@ class Array:
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         return np.array(self.values, dtype=dtype, copy=copy)
 
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        """Compute with the values; the result has the names of the axes if it has the shape and all operands agree."""
+        arrays = [each for each in inputs if isinstance(each, Array)]
+        plain = [each.values if isinstance(each, Array) else each for each in inputs]
+        result = getattr(ufunc, method)(*plain, **options)
+        elementwise = method == "__call__" and ufunc.signature is None and isinstance(result, np.ndarray)
+        if not elementwise or result.shape != self.shape or not all(self._is_like(each) for each in arrays):
+            return result
+        return replace(self, values=result, dtype_sent="", parts={})
+
+    def _is_like(self, other: Array) -> bool:
+        places = [{axis: tuple(at) for axis, at in each.at.items()} for each in (self, other)]
+        return self.axes == other.axes and places[0] == places[1]
+
     def __len__(self) -> int:
         return len(self.values)
 
@@ -95,14 +117,51 @@ class Array:
                 raise KeyError(f"{self.name!r} has no axis {axis!r}; it has {', '.join(self.axes)}")
             known = self.at.get(axis, range(self.shape[self.axes.index(axis)]))
             if place not in known:
-                raise KeyError(f"{axis} {place} of {self.name!r} was not captured")
+                raise KeyError(f"{axis} {place} of {self.name!r} was not captured; there are {_listed(known)}")
             index[self.axes.index(axis)] = known.index(place)
         left = tuple(axis for axis in self.axes if axis not in places)
         parts = {
             name: part.sel(**{a: p for a, p in places.items() if a in part.axes}) for name, part in self.parts.items()
         }
         at = {axis: where for axis, where in self.at.items() if axis in left}
-        return Array(self.values[tuple(index)], left, self.name, at, self.model_hash, self.dtype_sent, parts)
+        return replace(self, values=self.values[tuple(index)], axes=left, at=at, parts=parts)
+
+    def labelled(self, tokens: Iterable[str]) -> Array:
+        """The same array with a text for each position, which pictures show: those of `client.tokenize(..).texts`."""
+        tokens = tuple(tokens)
+        parts = {name: part.labelled(tokens) for name, part in self.parts.items()}
+        return replace(self, tokens=tokens, parts=parts)
+
+    def mean(self, axis: Axis = None, **options: Any) -> Any:
+        """As numpy; an axis may be named: `attention.mean("head")`, which keeps the names of the others."""
+        return self._reduced(np.mean, axis, options)
+
+    def sum(self, axis: Axis = None, **options: Any) -> Any:
+        """As `mean`."""
+        return self._reduced(np.sum, axis, options)
+
+    def max(self, axis: Axis = None, **options: Any) -> Any:
+        """As `mean`."""
+        return self._reduced(np.max, axis, options)
+
+    def min(self, axis: Axis = None, **options: Any) -> Any:
+        """As `mean`."""
+        return self._reduced(np.min, axis, options)
+
+    def _reduced(self, function: Callable[..., Any], axis: Axis, options: Mapping[str, Any]) -> Any:
+        if axis is None:
+            return function(self.values, **options)
+        several = [axis] if isinstance(axis, str | int) else axis
+        unknown = [each for each in several if isinstance(each, str) and each not in self.axes]
+        if unknown:
+            raise KeyError(f"{self.name!r} has no axis {unknown[0]!r}; it has {', '.join(self.axes)}")
+        gone = tuple(self.axes.index(each) if isinstance(each, str) else each % self.ndim for each in several)
+        values = function(self.values, axis=gone, **options)
+        if values.ndim != self.ndim - len(gone):  # keepdims
+            return values
+        left = tuple(name for i, name in enumerate(self.axes) if i not in gone)
+        at = {name: where for name, where in self.at.items() if name in left}
+        return replace(self, values=values, axes=left, at=at, dtype_sent="", parts={})
 
     def to_torch(self) -> Any:
         """The values as a torch tensor, which shares their memory where torch allows it; torch must be installed."""
@@ -119,37 +178,15 @@ class Array:
         return f"<Array {self.name} [{axes}] {self.values.dtype}>"
 
     def _repr_html_(self) -> str:
-        """A heat map of the last two axes (of the first place of all others) for a notebook."""
-        caption = f"<div style='font-family:monospace'>{escape(repr(self))}</div>"
-        picture = self.values
-        while picture.ndim > 2:
-            picture = picture[0]
-        if picture.size == 0:
-            return caption
-        return caption + heat_map(np.atleast_2d(picture).astype(np.float64))
+        """Heat maps of the last two axes, for a notebook."""
+        from cutaway.notebook import array_html
+
+        return array_html(self)
 
 
-CELLS = 64  # of a heat map along each side: larger arrays are thinned out, and the caption says so
-
-
-def heat_map(picture: NDArray[np.float64]) -> str:
-    """An HTML table coloured from white (least) to dark blue (most)."""
-    steps = [max(1, -(-size // CELLS)) for size in picture.shape]
-    shown = picture[:: steps[0], :: steps[1]]
-    finite = shown[np.isfinite(shown)]
-    least, most = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-    share = np.clip((shown - least) / ((most - least) or 1.0), 0, 1)
-    rows = []
-    for values, shades in zip(shown, np.nan_to_num(share), strict=True):
-        cells = "".join(
-            f"<td title='{value:.4g}' style='width:8px;height:8px;padding:0;background:"
-            f"rgb({round(247 - 239 * shade)},{round(251 - 203 * shade)},{round(255 - 148 * shade)})'></td>"
-            for value, shade in zip(values, shades, strict=True)
-        )
-        rows.append(f"<tr>{cells}</tr>")
-    thinned = "" if steps == [1, 1] else f", every {steps[0]}th row and {steps[1]}th column"
-    scale = f"<small>{least:.4g} to {most:.4g}{thinned}</small>"
-    return f"<table style='border-collapse:collapse'>{''.join(rows)}</table>{scale}"
+def _listed(places: Places) -> str:
+    named = [str(place) for place in places[:20]]
+    return ", ".join([*named, "..."] if len(places) > 20 else named) or "none"
 
 
 def save_arrays(arrays: Mapping[str, Array], path: str | Path) -> None:
@@ -175,9 +212,40 @@ def _described(array: Array) -> str:
 class Arrays(dict[str, "Array"]):
     """Arrays by canonical name; `save` writes them all as one safetensors file."""
 
+    def stacked(self, name: str) -> Array:
+        """The arrays of several layers as one, `layer` its first axis: `seen.stacked("blocks.*.hook_resid_post")`.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        before, star, after = name.partition("*")
+        layers = {
+            int(key[len(before) : len(key) - len(after)]): array
+            for key, array in self.items()
+            if key.startswith(before) and key.endswith(after) and key[len(before) : len(key) - len(after)].isdigit()
+        }
+        if not star or not layers:
+            raise KeyError(f"{name!r} must have a * for the layer; there are {', '.join(self) or 'none'}")
+        several = [layers[layer] for layer in sorted(layers)]
+        return _stacked(several, name, tuple(sorted(layers)))
+
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""
         save_arrays(self, path)
+
+    def _repr_html_(self) -> str:
+        """A table of what there is, for a notebook."""
+        from cutaway.notebook import arrays_html
+
+        return arrays_html(self)
+
+
+def _stacked(several: Sequence[Array], name: str, layers: tuple[int, ...]) -> Array:
+    first = several[0]
+    values = np.stack([array.values for array in several])
+    parts = {part: _stacked([array.parts[part] for array in several], name, layers) for part in first.parts}
+    at = {"layer": layers, **first.at}
+    return replace(first, values=values, axes=("layer", *first.axes), name=name, at=at, parts=parts)
 
 
 def joined(pieces: Sequence[Array], fill: float) -> Array:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from operator import index
 from typing import Literal
 
 import numpy as np
+from google.protobuf.message import Message
 from numpy.typing import ArrayLike
 
 from cutaway.errors import InvalidArgument
@@ -16,6 +18,7 @@ from cutaway.v1 import capture_pb2 as pb
 Region = Literal["all", "prompt", "generated", "steps", "last"]
 Positions = Region | int | range | slice | Sequence["Region | int | range"]
 Spans = Iterable[tuple[int, int] | range]
+Indices = Iterable[int] | int | Literal["all"] | None  # several, one, or all
 
 REGIONS = {
     "all": pb.REGION_ALL,
@@ -36,18 +39,18 @@ class Capture:
 
     point: str = ""
     _: KW_ONLY
-    layers: Iterable[int] | None = None  # for a point with "*"; default all
-    heads: Iterable[int] | None = None  # default all
+    layers: Indices = None  # for a point with "*"; default all
+    heads: Indices = None  # default all
     positions: Positions = "all"  # "prompt", "generated", "last", "steps", [5, -1], range(0, 100, 2), or several
     keys: Spans = ()  # of patterns and scores: spans of keys, such as [(0, 4)]; default all
-    elements: Iterable[int] | None = None  # places on the last axis, such as neurons; default all
+    elements: Indices = None  # places on the last axis, such as neurons; default all
     dtype: Literal["F32", "F16", "BF16"] = "F32"
     top_k: int | None = None  # only the largest, with where they are and the mass they hold
     pool: int | None = None  # each head's pattern over the prompt as so many times so many cells
     norm: bool = False  # Euclidean norm over the last axis
     project: ArrayLike | Stored | None = None  # scalar products with these vectors
     sum_keys: bool = False  # the sum of a pattern over each span of `keys`
-    head_summary: bool = False  # entropy, mass on the first and the previous token, induction score, mean distance
+    head_summary: bool = False  # the numbers that SUMMARY names, of each head and query
     lens: int | None = None  # a residual read as predictions: so many of the likeliest tokens
     lens_tokens: Iterable[int] = ()  # and the log-probability and rank of these
     translators: StoredFile | str | None = None  # a tuned lens for `lens`: a stored file, or its id
@@ -62,9 +65,7 @@ class Capture:
         """
         made = pb.Capture(point=self.point, dtype=self.dtype, keys=spans(self.keys), after_edits=self.after_edits)
         for name in ("layers", "heads", "elements"):
-            given = getattr(self, name)
-            if given is not None:
-                getattr(made, name).CopyFrom(indices(given, name))
+            put_indices(made, name, getattr(self, name))
         if self.positions != "all":
             made.positions.CopyFrom(positions(self.positions))
         chosen = [name for name in REDUCTIONS if getattr(self, name) is not None and getattr(self, name) is not False]
@@ -98,6 +99,9 @@ class Capture:
                 getattr(made, name).SetInParent()
 
 
+# Places on the axis `summary`: entropy in nats, mass on the first and on the previous token, mass on tokens that have
+# followed earlier occurrences of the query's own (induction), and how far back the mass lies in the mean.
+SUMMARY = ("entropy", "first", "previous", "induction", "distance")
 REDUCTIONS = ("top_k", "pool", "norm", "project", "sum_keys", "head_summary", "lens", "sae")
 FEATURES = 10  # of an autoencoder, if nothing is said
 
@@ -111,12 +115,19 @@ def lens(top_k: int, token_ids: Iterable[int], translators: StoredFile | str | N
     )
 
 
-def indices(given: Iterable[int], field: str) -> pb.Indices:
-    """The wire's indices."""
-    if isinstance(given, int):
-        given = [given]
+def put_indices(message: Message, field: str, given: Indices) -> None:
+    """Set a field of the wire's indices; all of them is what an unset one means.
+
+    Raises:
+        InvalidArgument: one is no integer.
+    """
+    if given is None or (isinstance(given, str) and given == "all"):
+        return
     try:
-        return pb.Indices(list=[int(each) for each in given])
+        if isinstance(given, str):
+            raise TypeError("must be integers or 'all'")
+        several = [given] if isinstance(given, int) else given
+        getattr(message, field).CopyFrom(pb.Indices(list=[index(each) for each in several]))
     except (ValueError, TypeError) as error:
         raise InvalidArgument(f"{field}: {given!r} cannot be sent: {error}") from error
 
@@ -137,7 +148,7 @@ def positions(given: Positions) -> pb.Positions:
         InvalidArgument: one is nothing of the kind.
     """
     made = pb.Positions()
-    several = [given] if isinstance(given, str | int | range | slice) else list(given)
+    several = list(given) if isinstance(given, Iterable) and not isinstance(given, str | range) else [given]
     for each in several:
         if isinstance(each, str):
             if each not in REGIONS:
@@ -146,7 +157,10 @@ def positions(given: Positions) -> pb.Positions:
         elif isinstance(each, range | slice):
             _add_range(made, each)
         else:
-            made.list.append(int(each))
+            try:
+                made.list.append(index(each))
+            except (ValueError, TypeError) as error:
+                raise InvalidArgument(f"positions: {each!r} cannot be sent: {error}") from error
     if not several:
         raise InvalidArgument("positions: [] selects nothing")
     return made

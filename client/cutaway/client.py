@@ -112,6 +112,8 @@ class Calls:
         self._client = client
         self.introspection = IntrospectionStub(channel)
         self.ask = client._ask
+        self.tokenize = client.tokenize
+        self.detokenize = client.detokenize
 
     def send(
         self, method: grpc.StreamUnaryMultiCallable[Asked, Told], messages: Iterator[Asked], timeout: float | None
@@ -200,7 +202,7 @@ class Client(Inspecting, Keeping, Sweeping, Weighing, MachineCalls):
     ) -> Stream:
         """Continue a completion that runs, or has ended and is kept, after the first `at` tokens (default: all).
 
-        The keyword `request_id` names the new request. `edits` are those of the request forked, unless others are given.
+        The keyword `request_id` names the new request. Edits of the request forked go on, unless others are given.
         """
         request = requests.fork_request(request_id, at, index, options)
 
@@ -221,7 +223,7 @@ class Client(Inspecting, Keeping, Sweeping, Weighing, MachineCalls):
     def tokenize(self, text: str | None = None, **options: Unpack[TokenizeOptions]) -> Tokenized:
         """Turn a text or `messages=` into tokens; `merges=True` also tells how byte-pair encoding got there."""
         request = requests.tokenize_request(text, options)
-        return replies.tokenized(self._ask(self._stub.Tokenize, request, options.get("timeout")))
+        return replies.tokenized(self._ask(self._stub.Tokenize, request, options.get("timeout")), text)
 
     def detokenize(
         self, ids: Iterable[int], *, skip_special_tokens: bool | None = None, timeout: float | None = None

@@ -8,7 +8,7 @@ from typing import TypedDict, Unpack
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cutaway.capture import Positions, indices, positions, spans
+from cutaway.capture import Indices, Positions, positions, put_indices, spans
 from cutaway.errors import InvalidArgument
 from cutaway.stored import Stored, StoredFile
 from cutaway.v1 import edit_pb2 as pb
@@ -19,10 +19,10 @@ Vectors = ArrayLike | Stored  # numbers, or where the server has them
 class Where(TypedDict, total=False):
     """Which values an edit is about; all by default."""
 
-    layers: Iterable[int] | None  # for a point with "*"
-    heads: Iterable[int] | None
+    layers: Indices  # for a point with "*"
+    heads: Indices
     positions: Positions  # "prompt", "generated", "last", "steps", [5, -1], range(0, 100, 2), or several
-    elements: Iterable[int] | None  # places on the last axis, such as neurons
+    elements: Indices  # places on the last axis, such as neurons
 
 
 class Edit:
@@ -114,23 +114,20 @@ class Edit:
     @classmethod
     def knock_out(
         cls,
-        layers: Iterable[int] | int | str = "all",
-        heads: Iterable[int] | int | str = "all",
+        layers: Indices = "all",
+        heads: Indices = "all",
         *,
         queries: Positions = "all",
-        keys: Iterable[int | range | tuple[int, int]],
+        keys: int | range | Iterable[int | range | tuple[int, int]],
         factor: float = 0.0,
     ) -> Edit:
         """Keep queries from attending to keys; with a factor, weigh those keys so many times as much."""
         made = pb.Edit()
-        for name, chosen in (("layers", layers), ("heads", heads)):
-            if isinstance(chosen, str):
-                if chosen != "all":
-                    raise InvalidArgument(f"{name}: {chosen!r} must be indices or 'all'")
-                continue
-            getattr(made, name).CopyFrom(indices([chosen] if isinstance(chosen, int) else chosen, name))
+        put_indices(made, "layers", layers)
+        put_indices(made, "heads", heads)
         _put_positions(made, queries)
-        pairs = [(key, key + 1) if isinstance(key, int) else key for key in keys]
+        several = [keys] if isinstance(keys, int | range) else keys
+        pairs = [(key, key + 1) if isinstance(key, int) else key for key in several]
         made.knock_out.keys.extend(spans(pairs))
         made.knock_out.factor = factor
         return cls(made)
@@ -151,13 +148,9 @@ def _at(point: str, where: Where) -> pb.Edit:
     if unknown:
         raise TypeError(f"Edit got an unexpected keyword argument {unknown[0]!r}")
     made = pb.Edit(point=point)
-    for name, chosen in (
-        ("layers", where.get("layers")),
-        ("heads", where.get("heads")),
-        ("elements", where.get("elements")),
-    ):
-        if chosen is not None:
-            getattr(made, name).CopyFrom(indices(chosen, name))
+    put_indices(made, "layers", where.get("layers"))
+    put_indices(made, "heads", where.get("heads"))
+    put_indices(made, "elements", where.get("elements"))
     _put_positions(made, where.get("positions", "all"))
     return made
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar, Unpack, overload
 
 from cutaway import looking
-from cutaway.errors import InvalidArgument
 from cutaway.looking import (
     AttentionOptions,
     AttributionOptions,
@@ -17,7 +16,7 @@ from cutaway.looking import (
     Prompt,
     TraceOptions,
 )
-from cutaway.results import AttributionResult, Estimate, LensResult, Point
+from cutaway.results import AttributionResult, Estimate, LensResult, Point, SelfCheck
 from cutaway.v1 import introspection_pb2 as pb
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class Inspecting:
             request = looking.trace_request(prompt, options)
             return looking.traced(self._calls.read(self._calls.introspection.Trace, request, options.get("timeout")))
 
-        return _each(one, prompt, prompts)
+        return _each(one, prompt, prompts, options)
 
     @overload
     def hidden_states(
@@ -75,7 +74,7 @@ class Inspecting:
             method = self._calls.introspection.GetHiddenStates
             return looking.hidden_states(self._calls.read(method, request, options.get("timeout")))
 
-        return _each(one, prompt, prompts)
+        return _each(one, prompt, prompts, options)
 
     @overload
     def attention(
@@ -97,7 +96,7 @@ class Inspecting:
             method = self._calls.introspection.GetAttention
             return looking.attention(self._calls.read(method, request, options.get("timeout")))
 
-        return _each(one, prompt, prompts)
+        return _each(one, prompt, prompts, options)
 
     @overload
     def logit_lens(
@@ -109,13 +108,28 @@ class Inspecting:
         self, prompt: Prompt | None = None, *, prompts: Sequence[Prompt] | None = None, **options: Unpack[LensOptions]
     ) -> LensResult | list[LensResult]:
         """What the model would say if it ended after each layer."""
+        timeout = options.get("timeout")
+        if any(isinstance(token, str) for token in options.get("tokens", ())):
+            options["tokens"] = [self._id(token, timeout) for token in options["tokens"]]
 
         def one(prompt: Prompt | None) -> LensResult:
             request = looking.lens_request(prompt, options)
-            method = self._calls.introspection.LogitLens
-            return looking.lens_result(self._calls.read(method, request, options.get("timeout")))
+            lens = looking.lens_result(self._calls.read(self._calls.introspection.LogitLens, request, timeout))
+            ids = looking.ids_of(lens)
+            return looking.with_texts(lens, self._calls.detokenize(ids, timeout=timeout).texts if ids else ())
 
-        return _each(one, prompt, prompts)
+        return _each(one, prompt, prompts, options)
+
+    def _id(self, token: int | str, timeout: float | None) -> int:
+        if not isinstance(token, str):
+            return token
+        told = self._calls.tokenize(token, add_special_tokens=False, timeout=timeout)
+        return looking.only_id(token, told.ids, told.pieces)
+
+    def self_check(self, prompt: Prompt | None = None, *, timeout: float | None = None) -> SelfCheck:
+        """Test on a prompt what must hold of the served model's inner values."""
+        request = looking.self_check_request(prompt, timeout)
+        return looking.self_check(self._calls.ask(self._calls.introspection.SelfCheck, request, timeout))
 
     @overload
     def features(
@@ -137,7 +151,7 @@ class Inspecting:
             method = self._calls.introspection.Trace
             return looking.features(self._calls.read(method, request, options.get("timeout")))
 
-        return _each(one, prompt, prompts)
+        return _each(one, prompt, prompts, options)
 
     @overload
     def attribution(
@@ -161,7 +175,7 @@ class Inspecting:
             method = self._calls.introspection.Attribution
             return looking.attributed(self._calls.read(method, request, options.get("timeout")))
 
-        return _each(one, prompt, prompts)
+        return _each(one, prompt, prompts, options)
 
     def estimate(self, prompt: Prompt | None = None, **options: Unpack[TraceOptions]) -> Estimate:
         """Tell what a `trace` (or `generate` with these captures) would send, without computing it."""
@@ -170,12 +184,22 @@ class Inspecting:
 
 
 def _each(
-    one: Callable[[Prompt | None], Answer], prompt: Prompt | None, prompts: Sequence[Prompt] | None
+    one: Callable[[Prompt | None], Answer],
+    prompt: Prompt | None,
+    prompts: Sequence[Prompt] | None,
+    options: Mapping[str, object],
 ) -> Answer | list[Answer]:
     """The answer for one prompt, or for each of several, asked about at the same time."""
     if prompts is None:
         return one(prompt)
-    if prompt is not None:
-        raise InvalidArgument("prompts: give a prompt or prompts, not both")
-    with ThreadPoolExecutor(max(1, min(len(prompts), AT_ONCE))) as pool:
-        return list(pool.map(one, prompts))
+    asked = looking.several(prompt, prompts, options)
+
+    def placed(place: int) -> Answer:
+        try:
+            return one(asked[place])
+        except Exception as error:
+            looking.told_which(error, place)
+            raise
+
+    with ThreadPoolExecutor(max(1, min(len(asked), AT_ONCE))) as pool:
+        return list(pool.map(placed, range(len(asked))))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from cutaway import requests
 from cutaway.errors import InvalidArgument
 from cutaway.options import GenerateOptions, Message
-from cutaway.results import AttributionResult, Estimate, LensResult, Point
+from cutaway.results import AttributionResult, Estimate, Identity, LensResult, Point, SelfCheck
 from cutaway.v1 import inference_pb2, introspection_pb2, sweep_pb2
 
 if TYPE_CHECKING:
     from cutaway.arrays import Array, Arrays
-    from cutaway.capture import Positions, Spans
+    from cutaway.capture import Indices, Positions, Spans
     from cutaway.edit import Edit
     from cutaway.stored import StoredFile
     from cutaway.transcript import Transcript
@@ -38,7 +39,7 @@ class PromptOptions(TypedDict, total=False):
 class HiddenStatesOptions(PromptOptions, total=False):
     """All keywords of `hidden_states`."""
 
-    layers: Iterable[int] | None  # i is what block i reads, n_layers what the last block leaves. Default all
+    layers: Indices  # i is what block i reads, n_layers what the last block leaves. Default all
     positions: Positions  # "all", "last", [5, -1], range(0, 100, 2). Default "all"
     dtype: str  # "F32", "F16" or "BF16". Default "F32"
 
@@ -46,8 +47,8 @@ class HiddenStatesOptions(PromptOptions, total=False):
 class AttentionOptions(PromptOptions, total=False):
     """All keywords of `attention`."""
 
-    layers: Iterable[int] | None  # default all
-    heads: Iterable[int] | None  # query heads; default all
+    layers: Indices  # default all
+    heads: Indices  # query heads; default all
     queries: Positions  # as positions. Default "all"
     keys: Spans  # spans of keys, such as [(0, 4)]. Default all
     top_k: int | None  # only so many of the largest of each query. Default: all
@@ -57,10 +58,10 @@ class AttentionOptions(PromptOptions, total=False):
 class LensOptions(PromptOptions, total=False):
     """All keywords of `logit_lens`."""
 
-    layers: Iterable[int] | None  # as for `hidden_states`. Default all
+    layers: Indices  # as for `hidden_states`. Default all
     positions: Positions  # default "all"
     top_k: int  # likeliest tokens. Default 5
-    tokens: Iterable[int]  # ids whose log-probability and rank to tell. Default none
+    tokens: Iterable[int | str]  # ids, or texts of one token, whose log-probability and rank to tell. Default none
     translators: StoredFile | str | None  # a tuned lens: a stored file, or its id. Default none
 
 
@@ -89,11 +90,34 @@ class TraceOptions(GenerateOptions, total=False):
     positions: Positions  # of `points`. Default "all"
 
 
+def several(prompt: Prompt | None, prompts: Sequence[Prompt], options: Mapping[str, object]) -> list[Prompt]:
+    """The prompts of a call that was given several.
+
+    Raises:
+        InvalidArgument: there is another prompt beside them, or one name for all of them.
+    """
+    if isinstance(prompts, str):
+        raise InvalidArgument(f"prompts: {prompts!r} must be a list of prompts")
+    other = [name for name in ("token_ids", "messages") if options.get(name) is not None]
+    if prompt is not None or other:
+        raise InvalidArgument(f"prompts: give prompts or {(other or ['a prompt'])[0]}, not both")
+    if options.get("request_id") is not None:
+        raise InvalidArgument("request_id: one name cannot stand for several requests; leave it out with prompts")
+    return list(prompts)
+
+
+def told_which(error: Exception, place: int) -> None:
+    """Add to an error of one of several prompts which one it was."""
+    error.add_note(f"this is about prompts[{place}]")
+
+
 def generate_of(prompt: Prompt | None, options: Mapping[str, object]) -> inference_pb2.GenerateRequest:
     """The request for a prompt given as text, tokens or a conversation."""
     given = {name: options[name] for name in GenerateOptions.__annotations__ if name in options}
     if prompt is not None and not isinstance(prompt, str):
         listed = list(prompt)
+        if listed and isinstance(listed[0], str):
+            raise InvalidArgument("prompt: is a list of texts; give them as prompts=[...]")
         given["messages" if listed and isinstance(listed[0], Mapping) else "token_ids"] = listed
         prompt = None
     return requests.generate_request(prompt, given)  # type: ignore[arg-type]
@@ -119,7 +143,7 @@ def hidden_states_request(
     prompt: Prompt | None, options: HiddenStatesOptions
 ) -> introspection_pb2.GetHiddenStatesRequest:
     """The wire's request."""
-    from cutaway.capture import indices, positions
+    from cutaway.capture import positions, put_indices
 
     requests.refuse_unknown("hidden_states", options.keys(), HiddenStatesOptions.__annotations__)
     request = introspection_pb2.GetHiddenStatesRequest(
@@ -127,14 +151,13 @@ def hidden_states_request(
         positions=positions(options.get("positions", "all")),
         dtype=options.get("dtype", "F32"),
     )
-    if (layers := options.get("layers")) is not None:
-        request.layers.CopyFrom(indices(layers, "layers"))
+    put_indices(request, "layers", options.get("layers"))
     return request
 
 
 def attention_request(prompt: Prompt | None, options: AttentionOptions) -> introspection_pb2.GetAttentionRequest:
     """The wire's request."""
-    from cutaway.capture import indices, positions, spans
+    from cutaway.capture import positions, put_indices, spans
 
     requests.refuse_unknown("attention", options.keys(), AttentionOptions.__annotations__)
     request = introspection_pb2.GetAttentionRequest(
@@ -143,25 +166,25 @@ def attention_request(prompt: Prompt | None, options: AttentionOptions) -> intro
         keys=spans(options.get("keys", ())),
         dtype=options.get("dtype", "F32"),
     )
-    for name, chosen in (("layers", options.get("layers")), ("heads", options.get("heads"))):
-        if chosen is not None:
-            getattr(request, name).CopyFrom(indices(chosen, name))
+    put_indices(request, "layers", options.get("layers"))
+    put_indices(request, "heads", options.get("heads"))
     requests.put(request, "top_k", options.get("top_k"))
     return request
 
 
 def lens_request(prompt: Prompt | None, options: LensOptions) -> introspection_pb2.LogitLensRequest:
     """The wire's request."""
-    from cutaway.capture import indices, lens, positions
+    from cutaway.capture import lens, positions, put_indices
 
     requests.refuse_unknown("logit_lens", options.keys(), LensOptions.__annotations__)
     request = introspection_pb2.LogitLensRequest(
         generate=generate_of(prompt, options),
         positions=positions(options.get("positions", "all")),
-        lens=lens(options.get("top_k", 5), options.get("tokens", ()), options.get("translators")),
+        lens=lens(
+            options.get("top_k", 5), cast("Iterable[int]", options.get("tokens", ())), options.get("translators")
+        ),
     )
-    if (layers := options.get("layers")) is not None:
-        request.layers.CopyFrom(indices(layers, "layers"))
+    put_indices(request, "layers", options.get("layers"))
     return request
 
 
@@ -253,6 +276,35 @@ def attributed(transcript: Transcript) -> AttributionResult:
     return AttributionResult(**parts)  # type: ignore[arg-type]
 
 
+def ids_of(lens: LensResult) -> list[int]:
+    """The tokens that a lens found, each once, in the order that `with_texts` takes."""
+    import numpy as np
+
+    return [] if lens.tokens is None else [int(each) for each in np.unique(lens.tokens.values)]
+
+
+def with_texts(lens: LensResult, texts: Sequence[str]) -> LensResult:
+    """The result with the texts of its tokens."""
+    import numpy as np
+
+    if lens.tokens is None:
+        return lens
+    places = np.unique(lens.tokens.values, return_inverse=True)[1].reshape(lens.tokens.shape)
+    found = np.array(texts if len(texts) else [""], dtype=np.str_)[places]
+    return replace(lens, texts=replace(lens.tokens, values=found, dtype_sent="", parts={}))
+
+
+def only_id(text: str, ids: Sequence[int], pieces: Sequence[str]) -> int:
+    """The id of a text that is one token.
+
+    Raises:
+        InvalidArgument: it is none, or several.
+    """
+    if len(ids) != 1:
+        raise InvalidArgument(f"tokens: {text!r} is {len(ids)} tokens ({', '.join(pieces)}); it must be one")
+    return ids[0]
+
+
 def estimate(wire: introspection_pb2.EstimateResponse) -> Estimate:
     """What a request would send."""
     return Estimate(wire.bytes, tuple(wire.capture_bytes), wire.max_bytes, wire.open_layers, wire.refusal)
@@ -275,3 +327,21 @@ def points(wire: introspection_pb2.ListPointsResponse) -> tuple[Point, ...]:
         )
         for each in wire.points
     )  # fmt: skip
+
+
+def self_check_request(prompt: Prompt | None, timeout: float | None) -> introspection_pb2.SelfCheckRequest:
+    """The wire's request."""
+    if prompt is None:
+        return introspection_pb2.SelfCheckRequest()
+    return introspection_pb2.SelfCheckRequest(generate=generate_of(prompt, {"timeout": timeout}))
+
+
+def self_check(wire: introspection_pb2.SelfCheckResponse) -> SelfCheck:
+    """What was tested."""
+    found = tuple(
+        Identity(each.name, each.description, each.error, each.tolerance, each.holds, each.exact)
+        for each in wire.identities
+    )
+    return SelfCheck(
+        wire.holds, found, wire.model_hash, wire.kernels, wire.dtype, wire.quantization, wire.prompt_tokens
+    )

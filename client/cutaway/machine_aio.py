@@ -18,6 +18,8 @@ from cutaway.machine import BlockEvent, Blocks, CacheContents, CacheHit, CacheSt
 from cutaway.machine_calls import Item, Message, block_events, steps
 from cutaway.machine_wire import ReadOptions
 from cutaway.options import GenerateOptions
+from cutaway.replay import SampleReplay
+from cutaway.replay_wire import ReplayOptions, replay_request, sample_replay
 from cutaway.status import error_of
 from cutaway.v1 import machine_pb2 as pb
 
@@ -167,6 +169,11 @@ class AsyncMachineCalls:
         async for message in self._messages(self._begin(self._machine().ReadCache, request, options.get("timeout"))):
             reader.take(message)
         return reader.contents()
+
+    async def replay_sample(self, request_id: str, position: int, **options: Unpack[ReplayOptions]) -> SampleReplay:
+        """How the token at `position` was picked, of a request that runs, or has ended and is kept."""
+        request = replay_request(request_id, position, options)
+        return sample_replay(await self._ask(self._machine().ReplaySample, request, options.get("timeout")))
 
     def watch_cache(self, *, timeout: float | None = None) -> AsyncWatch[pb.WatchCacheResponse, BlockEvent]:
         """What happens to your tenant's blocks: taken, copied, shared, released, published, evicted."""

@@ -15,6 +15,8 @@ from cutaway.interrupt import cancelling
 from cutaway.machine import BlockEvent, Blocks, CacheContents, CacheHit, CacheStats, Requests, Step
 from cutaway.machine_wire import ReadOptions
 from cutaway.options import GenerateOptions
+from cutaway.replay import SampleReplay
+from cutaway.replay_wire import ReplayOptions, replay_request, sample_replay
 from cutaway.status import error_of
 from cutaway.v1 import machine_pb2 as pb
 
@@ -163,6 +165,21 @@ class MachineCalls:
         for message in self._stream(self._machine.ReadCache, request, options.get("timeout")):
             reader.take(message)
         return reader.contents()
+
+    def replay_sample(self, request_id: str, position: int, **options: Unpack[ReplayOptions]) -> SampleReplay:
+        """How the token at `position` was picked, of a request that runs, or has ended and is kept; print it.
+
+        Positions count from the prompt's start, or, below 0, from the end. With `temperature`, `top_p` or others of
+        `Changes` it also tells what the same random number would have picked. `count` of the likeliest tokens are told,
+        and `tokens`; `index` is the completion. Asks for the scope `introspect`.
+
+        Raises:
+            NotFound: no such request or completion.
+            InvalidArgument: no token was generated there, or a value breaks its rule.
+            FailedPrecondition: others needed the room of its blocks, it was preempted, or no token can be drawn so.
+        """
+        request = replay_request(request_id, position, options)
+        return sample_replay(self._ask(self._machine.ReplaySample, request, options.get("timeout")))
 
     def watch_cache(self, *, timeout: float | None = None) -> Watch[pb.WatchCacheResponse, BlockEvent]:
         """What happens to your tenant's blocks from now on: taken, copied, shared, released, published, evicted.

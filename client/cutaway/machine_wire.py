@@ -9,7 +9,7 @@ from typing import Any, TypedDict, TypeVar, cast
 from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.message import Message as WireMessage
 
-from cutaway.capture import Positions, indices, positions
+from cutaway.capture import Indices, Positions, positions, put_indices
 from cutaway.errors import ServerError
 from cutaway.machine import (
     Block,
@@ -48,8 +48,8 @@ class ReadOptions(TypedDict, total=False):
     """
 
     index: int
-    layers: Iterable[int] | None
-    heads: Iterable[int] | None
+    layers: Indices
+    heads: Indices
     positions: Positions | None
     dtype: str | None
     max_bytes: int | None
@@ -67,11 +67,9 @@ def read_request(request_id: str, options: ReadOptions) -> pb.ReadCacheRequest:
     request = pb.ReadCacheRequest(request_id=request_id)
     for name in ("index", "dtype", "max_bytes"):
         put(request, name, options.get(name))
-    layers, heads, where = options.get("layers"), options.get("heads"), options.get("positions")
-    if layers is not None:
-        request.layers.CopyFrom(indices(layers, "layers"))
-    if heads is not None:
-        request.heads.CopyFrom(indices(heads, "heads"))
+    where = options.get("positions")
+    put_indices(request, "layers", options.get("layers"))
+    put_indices(request, "heads", options.get("heads"))
     if where is not None and where != "all":
         request.positions.CopyFrom(positions(where))
     return request

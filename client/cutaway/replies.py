@@ -86,8 +86,10 @@ def completion(wire: pb.Completion, tokens: Iterable[Token]) -> Completion:
     )
 
 
-def tokenized(wire: pb.TokenizeResponse) -> Tokenized:
-    """The tokens of a text."""
+def tokenized(wire: pb.TokenizeResponse, text: str | None) -> Tokenized:
+    """The tokens of a text; of the rendered one, if there is none."""
+    source = (wire.rendered if text is None else text).encode()
+    places = zip(wire.pieces, wire.byte_starts, wire.byte_ends, strict=True)
     return Tokenized(
         ids=tuple(wire.ids),
         pieces=tuple(wire.pieces),
@@ -100,6 +102,7 @@ def tokenized(wire: pb.TokenizeResponse) -> Tokenized:
             for word in wire.merges
         ),
         rendered=wire.rendered,
+        texts=tuple(source[start:end].decode(errors="replace") or piece for piece, start, end in places),
     )
 
 

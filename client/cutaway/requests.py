@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from google.protobuf.message import Message as WireMessage
 
@@ -10,6 +11,10 @@ from cutaway.errors import InvalidArgument
 from cutaway.options import GenerateOptions, Message, Sampling, TokenizeOptions
 from cutaway.v1 import inference_pb2 as pb
 from cutaway.v1 import introspection_pb2
+
+if TYPE_CHECKING:
+    from cutaway.capture import Capture
+    from cutaway.edit import Edit
 
 FLAGS = ("parse_special_tokens", "add_special_tokens", "skip_special_tokens", "echo", "prefix_caching")
 
@@ -39,8 +44,8 @@ def put_options(request: pb.GenerateRequest, options: GenerateOptions) -> None:
     put(request, "request_id", options.get("request_id"))
     for flag in FLAGS:
         put(request, flag, options.get(flag))
-    request.captures.extend(capture.message() for capture in options.get("captures") or ())
-    request.edits.extend(edit.message() for edit in options.get("edits") or ())
+    put_messages(request, "captures", options.get("captures"), "a Capture")
+    put_messages(request, "edits", options.get("edits"), "an Edit")
     put(request, "max_capture_bytes", options.get("max_capture_bytes"))
 
 
@@ -54,6 +59,15 @@ def fork_request(
         put(made, field, value)
     put_options(made.generate, options)
     return made
+
+
+def put_messages(request: pb.GenerateRequest, field: str, given: Iterable[Capture | Edit] | None, what: str) -> None:
+    """Set what to capture or to edit; one that stands alone is a list of one."""
+    several: Iterable[object] = () if given is None else [given] if hasattr(given, "message") else given
+    for i, each in enumerate(several):
+        if not hasattr(each, "message"):
+            raise TypeError(f"{field}[{i}]: {each!r}: must be {what}")
+        getattr(request, field).append(each.message())
 
 
 def sampling_params(options: Sampling) -> pb.SamplingParams:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Literal
@@ -113,6 +113,7 @@ class Answer:
     prompt_logprobs: tuple[PromptToken, ...] | None
     usage: Usage
     timings: Timings
+    captures: Mapping[str, Array] = field(default_factory=dict, compare=False)  # of the prompt and completion 0
 
     @property
     def text(self) -> str:
@@ -162,8 +163,8 @@ class WordMerges:
 class Tokenized:
     """The tokens of a text.
 
-    `pieces` are as the vocabulary writes them; `offsets` are (start, end) in the UTF-8 bytes of the text, or of
-    `rendered`, the text that the chat template made of a conversation.
+    `pieces` are as the vocabulary writes them, `texts` as the text has them; `offsets` are (start, end) in the UTF-8
+    bytes of the text, or of `rendered`, the text that the chat template made of a conversation.
     """
 
     ids: tuple[int, ...]
@@ -171,6 +172,7 @@ class Tokenized:
     offsets: tuple[tuple[int, int], ...]
     merges: tuple[WordMerges, ...]
     rendered: str
+    texts: tuple[str, ...] = ()  # "\ufffd" stands for a part of a character; a token that is not in the text: its piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +181,11 @@ class Detokenized:
 
     text: str
     token_bytes: tuple[bytes, ...]
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The text of each token; "\ufffd" stands for a part of a character."""
+        return tuple(each.decode(errors="replace") for each in self.token_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,8 +308,46 @@ class LensResult:
 
     tokens: Array | None  # the likeliest, likeliest first
     logprobs: Array | None
-    given_logprobs: Array | None  # of the tokens that were named
+    given_logprobs: Array | None  # of the tokens that were named, whose ids are at["token"]
     given_ranks: Array | None  # 0 is the likeliest
+    texts: Array | None = None  # of `tokens`, as numpy has strings
+
+    def labelled(self, tokens: Iterable[str]) -> LensResult:
+        """The same result with a text for each position: see `Array.labelled`."""
+        named = tuple(tokens)
+        arrays = (self.tokens, self.logprobs, self.given_logprobs, self.given_ranks, self.texts)
+        return LensResult(*(None if each is None else each.labelled(named) for each in arrays))
+
+    def _repr_html_(self) -> str:
+        """A table of the likeliest tokens by layer and position, for a notebook."""
+        from cutaway.notebook import lens_html
+
+        return lens_html(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Something that must hold of inner values; `error` is the largest found, `tolerance` what the dtype may cause."""
+
+    name: str
+    description: str
+    error: float
+    tolerance: float
+    holds: bool
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SelfCheck:
+    """What was tested on the served model, and whether it holds."""
+
+    holds: bool
+    identities: tuple[Identity, ...]
+    model_hash: str
+    kernels: str
+    dtype: str
+    quantization: str
+    prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from cutaway.v1 import sweep_pb2 as pb
 if TYPE_CHECKING:
     from cutaway.aio import AsyncCalls
     from cutaway.arrays import Array
-    from cutaway.capture import Positions
+    from cutaway.capture import Indices, Positions
     from cutaway.client import Calls
     from cutaway.receiving import Receiver
 
@@ -65,8 +65,8 @@ class SweepOptions(PromptOptions, total=False):
     over: Iterable[str]  # axes to go along one by one: "layer", "pos", "head". Default layer and pos
     metric: Metric  # must be given
     ablate: Literal["zero", "mean"] | None  # what to put in place of values, where there is no clean prompt
-    layers: Iterable[int] | None  # default all
-    heads: Iterable[int] | None  # default all
+    layers: Indices  # default all
+    heads: Indices  # default all
     positions: Positions  # default "all"
 
 
@@ -142,7 +142,7 @@ def sweep_request(clean: Prompt, corrupt: Prompt | None, options: SweepOptions) 
     Raises:
         InvalidArgument: something must be given, or does not fit the wire.
     """
-    from cutaway.capture import indices, positions
+    from cutaway.capture import positions, put_indices
 
     refuse_unknown("sweep", options.keys(), SweepOptions.__annotations__)
     ablate = options.get("ablate")
@@ -162,9 +162,8 @@ def sweep_request(clean: Prompt, corrupt: Prompt | None, options: SweepOptions) 
     else:
         plain = {name: value for name, value in options.items() if name not in ("edits", "request_id")}
         request.source.CopyFrom(generate_of(clean, plain))
-    for name, chosen in (("layers", options.get("layers")), ("heads", options.get("heads"))):
-        if chosen is not None:
-            getattr(request, name).CopyFrom(indices(chosen, name))
+    put_indices(request, "layers", options.get("layers"))
+    put_indices(request, "heads", options.get("heads"))
     return request
 
 

@@ -69,7 +69,8 @@ class Transcript:
         """
         if self.started is None or self.completions is None or self.usage is None or self.timings is None:
             raise self._ended_early()
-        return Answer(self.started, self.completions, self.prompt_logprobs, self.usage, self.timings)
+        seen = self.captures if self._pieces else {}
+        return Answer(self.started, self.completions, self.prompt_logprobs, self.usage, self.timings, seen)
 
     def _take(self, message: Response) -> None:
         if not isinstance(message, pb.GenerateResponse):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from cutaway.capture import indices
+from cutaway.capture import Indices, put_indices
 from cutaway.errors import InvalidArgument, ServerError
 from cutaway.stored import Stored
 from cutaway.v1 import weights_pb2 as pb
@@ -51,11 +50,11 @@ class Weighing:
         self,
         name: str,
         *,
-        layers: Iterable[int] | None = None,
+        layers: Indices = None,
         dtype: str = "F32",
         max_bytes: int | None = None,
         timeout: float | None = None,
-        **select: int | Iterable[int],
+        **select: Indices,
     ) -> Array:
         """A weight by its TransformerLens name, or a slice: `weights("blocks.3.attn.W_O", head=[2], d_model=range(8))`.
 
@@ -95,11 +94,11 @@ class AsyncWeighing:
         self,
         name: str,
         *,
-        layers: Iterable[int] | None = None,
+        layers: Indices = None,
         dtype: str = "F32",
         max_bytes: int | None = None,
         timeout: float | None = None,
-        **select: int | Iterable[int],
+        **select: Indices,
     ) -> Array:
         """A weight by its TransformerLens name, or a slice of it."""
         calls = self._calls
@@ -156,18 +155,19 @@ class _Taking:
 
 def weights_request(
     name: str,
-    layers: Iterable[int] | None,
+    layers: Indices,
     dtype: str,
     max_bytes: int | None,
-    select: dict[str, int | Iterable[int]],
+    select: dict[str, Indices],
 ) -> pb.GetWeightsRequest:
     """The wire's request."""
     request = pb.GetWeightsRequest(name=name, dtype=dtype, max_bytes=max_bytes)
-    if layers is not None:
-        request.layers.CopyFrom(indices(layers, "layers"))
+    put_indices(request, "layers", layers)
     for axis, chosen in select.items():
-        places = indices([chosen] if isinstance(chosen, int) else chosen, axis)
-        request.select.add(axis=axis, indices=places)
+        selection = pb.AxisSelection(axis=axis)
+        put_indices(selection, "indices", chosen)
+        if selection.HasField("indices"):  # "all" needs no selection
+            request.select.append(selection)
     return request
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from cache import cache
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from introspection import introspection
 from memory import memory
 from overview import overview
 
@@ -23,7 +24,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is not up to date")
     check = parser.parse_args().check
     stale = 0
-    for name, made in (("overview", overview()), ("cache", cache()), ("memory", memory())):
+    for board in (overview, cache, memory, introspection):
+        name, made = board.__name__, board()
         path = DASHBOARDS / f"{name}.json"
         text = json.dumps(_plain(made), indent=2, sort_keys=True) + "\n"
         if check and (not path.exists() or path.read_text() != text):

@@ -42,11 +42,12 @@ class AlreadyExists(CutawayError):
 
 
 class QueueFull(CutawayError):
-    """So many requests wait that no more are taken."""
+    """So many requests wait, or so much of something else is held, that no more are taken. `what` is it."""
 
-    def __init__(self, message: str, retry_after_seconds: float) -> None:
+    def __init__(self, message: str, retry_after_seconds: float, what: str = "requests") -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
+        self.what = what
 
 
 class OverBudget(CutawayError):

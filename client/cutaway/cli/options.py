@@ -44,8 +44,7 @@ def flag(name: str, text: str) -> Callable[[Decorated], Decorated]:
     return click.option(f"--{name}/--no-{name}", default=None, help=text)
 
 
-SAMPLING = (
-    count("max-tokens", "At most this many tokens.  [default: what is left of the context]"),
+CHOOSING = (
     number("temperature", "Divides the logits; 0 is greedy."),
     count("top-k", "Keep the N likeliest tokens; 0 keeps all."),
     number("top-p", "Keep the likeliest tokens of this mass."),
@@ -58,6 +57,11 @@ SAMPLING = (
         "--logit-bias", type=bias, metavar="ID=BIAS", multiple=True, help="Added to a token's logit. Repeatable."
     ),
     click.option("--bad-word", "bad_words", metavar="TEXT", multiple=True, help="Never generate this. Repeatable."),
+)
+
+SAMPLING = (
+    count("max-tokens", "At most this many tokens.  [default: what is left of the context]"),
+    *CHOOSING,
     count("seed", "The same seed gives the same tokens."),
     click.option("--stop", metavar="TEXT", multiple=True, help="A text that ends the completion. Repeatable."),
     click.option(
@@ -88,6 +92,11 @@ OUTPUT = (
 def sampling_options(command: Decorated) -> Decorated:
     """Add what decides how tokens are chosen, and when to stop."""
     return _add(SAMPLING, command)
+
+
+def choosing_options(command: Decorated) -> Decorated:
+    """Add what decides which token is picked."""
+    return _add(CHOOSING, command)
 
 
 def output_options(command: Decorated) -> Decorated:

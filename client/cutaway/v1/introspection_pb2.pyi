@@ -685,3 +685,117 @@ class EstimateResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EstimateResponse: _TypeAlias = EstimateResponse  # noqa: Y015
+
+@_typing.final
+class SelfCheckRequest(_message.Message):
+    """What to test on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def generate(self) -> _inference_pb2.GenerateRequest:
+        """A prompt of 2 to 256 tokens. Unset: one that the server picks."""
+
+    def __init__(
+        self,
+        *,
+        generate: _inference_pb2.GenerateRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SelfCheckRequest: _TypeAlias = SelfCheckRequest  # noqa: Y015
+
+@_typing.final
+class SelfCheckResponse(_message.Message):
+    """What was tested."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDENTITIES_FIELD_NUMBER: _builtins.int
+    HOLDS_FIELD_NUMBER: _builtins.int
+    MODEL_HASH_FIELD_NUMBER: _builtins.int
+    KERNELS_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    holds: _builtins.bool
+    """Whether all hold."""
+    model_hash: _builtins.str
+    """Hash of the weights served."""
+    kernels: _builtins.str
+    """Which kernels compute."""
+    dtype: _builtins.str
+    """What they compute in."""
+    quantization: _builtins.str
+    """How the weights are quantised: as in Started."""
+    prompt_tokens: _builtins.int
+    """Tokens of the prompt tested on."""
+    @_builtins.property
+    def identities(self) -> _containers.RepeatedCompositeFieldContainer[Global___Identity]:
+        """The identities."""
+
+    def __init__(
+        self,
+        *,
+        identities: _abc.Iterable[Global___Identity] | None = ...,
+        holds: _builtins.bool = ...,
+        model_hash: _builtins.str = ...,
+        kernels: _builtins.str = ...,
+        dtype: _builtins.str = ...,
+        quantization: _builtins.str = ...,
+        prompt_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "holds", b"holds", "identities", b"identities", "kernels", b"kernels", "model_hash", b"model_hash", "prompt_tokens", b"prompt_tokens", "quantization", b"quantization"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SelfCheckResponse: _TypeAlias = SelfCheckResponse  # noqa: Y015
+
+@_typing.final
+class Identity(_message.Message):
+    """Something that must hold of inner values, over all layers and positions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    TOLERANCE_FIELD_NUMBER: _builtins.int
+    HOLDS_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Such as "pattern_sums_to_one"."""
+    description: _builtins.str
+    """What is compared with what."""
+    error: _builtins.float
+    """The largest error found, relative to the largest value of its row where that is above 1."""
+    tolerance: _builtins.float
+    """The most that the dtype may cause."""
+    holds: _builtins.bool
+    """Whether error <= tolerance."""
+    exact: _builtins.bool
+    """Whether both sides must have the same bits."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        description: _builtins.str = ...,
+        error: _builtins.float = ...,
+        tolerance: _builtins.float = ...,
+        holds: _builtins.bool = ...,
+        exact: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "error", b"error", "exact", b"exact", "holds", b"holds", "name", b"name", "tolerance", b"tolerance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Identity: _TypeAlias = Identity  # noqa: Y015

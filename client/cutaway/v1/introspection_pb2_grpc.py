@@ -5,6 +5,7 @@ import warnings
 
 from cutaway.v1 import introspection_pb2 as cutaway_dot_v1_dot_introspection__pb2
 from cutaway.v1 import machine_pb2 as cutaway_dot_v1_dot_machine__pb2
+from cutaway.v1 import replay_pb2 as cutaway_dot_v1_dot_replay__pb2
 from cutaway.v1 import stored_pb2 as cutaway_dot_v1_dot_stored__pb2
 from cutaway.v1 import sweep_pb2 as cutaway_dot_v1_dot_sweep__pb2
 from cutaway.v1 import weights_pb2 as cutaway_dot_v1_dot_weights__pb2
@@ -74,6 +75,11 @@ class IntrospectionStub:
                 request_serializer=cutaway_dot_v1_dot_sweep__pb2.SweepRequest.SerializeToString,
                 response_deserializer=cutaway_dot_v1_dot_sweep__pb2.SweepResponse.FromString,
                 _registered_method=True)
+        self.SelfCheck = channel.unary_unary(
+                '/cutaway.v1.Introspection/SelfCheck',
+                request_serializer=cutaway_dot_v1_dot_introspection__pb2.SelfCheckRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_introspection__pb2.SelfCheckResponse.FromString,
+                _registered_method=True)
         self.Estimate = channel.unary_unary(
                 '/cutaway.v1.Introspection/Estimate',
                 request_serializer=cutaway_dot_v1_dot_introspection__pb2.EstimateRequest.SerializeToString,
@@ -93,6 +99,11 @@ class IntrospectionStub:
                 '/cutaway.v1.Introspection/ReadCache',
                 request_serializer=cutaway_dot_v1_dot_machine__pb2.ReadCacheRequest.SerializeToString,
                 response_deserializer=cutaway_dot_v1_dot_machine__pb2.ReadCacheResponse.FromString,
+                _registered_method=True)
+        self.ReplaySample = channel.unary_unary(
+                '/cutaway.v1.Introspection/ReplaySample',
+                request_serializer=cutaway_dot_v1_dot_replay__pb2.ReplaySampleRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_replay__pb2.ReplaySampleResponse.FromString,
                 _registered_method=True)
         self.WatchCache = channel.unary_stream(
                 '/cutaway.v1.Introspection/WatchCache',
@@ -204,6 +215,13 @@ class IntrospectionServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SelfCheck(self, request, context):
+        """Computes a prompt and tests on it what must hold of a transformer's inner values, with the error found.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Estimate(self, request, context):
         """Tells what a request would send and cost, and whether it would be refused, without computing it.
         """
@@ -227,6 +245,13 @@ class IntrospectionServicer:
 
     def ReadCache(self, request, context):
         """Streams keys and values of a request's positions out of the KV cache.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReplaySample(self, request, context):
+        """Samples a generated token again, as the request asked and with other parameters, and tells every stage.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -349,6 +374,11 @@ def add_IntrospectionServicer_to_server(servicer, server):
                     request_deserializer=cutaway_dot_v1_dot_sweep__pb2.SweepRequest.FromString,
                     response_serializer=cutaway_dot_v1_dot_sweep__pb2.SweepResponse.SerializeToString,
             ),
+            'SelfCheck': grpc.unary_unary_rpc_method_handler(
+                    servicer.SelfCheck,
+                    request_deserializer=cutaway_dot_v1_dot_introspection__pb2.SelfCheckRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_introspection__pb2.SelfCheckResponse.SerializeToString,
+            ),
             'Estimate': grpc.unary_unary_rpc_method_handler(
                     servicer.Estimate,
                     request_deserializer=cutaway_dot_v1_dot_introspection__pb2.EstimateRequest.FromString,
@@ -368,6 +398,11 @@ def add_IntrospectionServicer_to_server(servicer, server):
                     servicer.ReadCache,
                     request_deserializer=cutaway_dot_v1_dot_machine__pb2.ReadCacheRequest.FromString,
                     response_serializer=cutaway_dot_v1_dot_machine__pb2.ReadCacheResponse.SerializeToString,
+            ),
+            'ReplaySample': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReplaySample,
+                    request_deserializer=cutaway_dot_v1_dot_replay__pb2.ReplaySampleRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_replay__pb2.ReplaySampleResponse.SerializeToString,
             ),
             'WatchCache': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchCache,
@@ -626,6 +661,33 @@ class Introspection:
             _registered_method=True)
 
     @staticmethod
+    def SelfCheck(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cutaway.v1.Introspection/SelfCheck',
+            cutaway_dot_v1_dot_introspection__pb2.SelfCheckRequest.SerializeToString,
+            cutaway_dot_v1_dot_introspection__pb2.SelfCheckResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Estimate(request,
             target,
             options=(),
@@ -723,6 +785,33 @@ class Introspection:
             '/cutaway.v1.Introspection/ReadCache',
             cutaway_dot_v1_dot_machine__pb2.ReadCacheRequest.SerializeToString,
             cutaway_dot_v1_dot_machine__pb2.ReadCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReplaySample(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cutaway.v1.Introspection/ReplaySample',
+            cutaway_dot_v1_dot_replay__pb2.ReplaySampleRequest.SerializeToString,
+            cutaway_dot_v1_dot_replay__pb2.ReplaySampleResponse.FromString,
             options,
             channel_credentials,
             insecure,

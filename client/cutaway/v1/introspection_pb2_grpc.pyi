@@ -6,6 +6,7 @@ Looking inside: every inner value of a served model, per request, in the same ba
 from collections import abc as _abc
 from cutaway.v1 import introspection_pb2 as _introspection_pb2
 from cutaway.v1 import machine_pb2 as _machine_pb2
+from cutaway.v1 import replay_pb2 as _replay_pb2
 from cutaway.v1 import stored_pb2 as _stored_pb2
 from cutaway.v1 import sweep_pb2 as _sweep_pb2
 from cutaway.v1 import weights_pb2 as _weights_pb2
@@ -51,6 +52,8 @@ class IntrospectionStub:
     """Streams what each part of the network adds to a token's logit: direct logit attribution."""
     Sweep: _grpc.UnaryStreamMultiCallable[_sweep_pb2.SweepRequest, _sweep_pb2.SweepResponse]
     """Patches or ablates layer by layer, position by position, head by head, and tells what each change does to a metric."""
+    SelfCheck: _grpc.UnaryUnaryMultiCallable[_introspection_pb2.SelfCheckRequest, _introspection_pb2.SelfCheckResponse]
+    """Computes a prompt and tests on it what must hold of a transformer's inner values, with the error found."""
     Estimate: _grpc.UnaryUnaryMultiCallable[_introspection_pb2.EstimateRequest, _introspection_pb2.EstimateResponse]
     """Tells what a request would send and cost, and whether it would be refused, without computing it."""
     GetCacheStats: _grpc.UnaryUnaryMultiCallable[_machine_pb2.GetCacheStatsRequest, _machine_pb2.GetCacheStatsResponse]
@@ -59,6 +62,8 @@ class IntrospectionStub:
     """Tells what each block of the caller's tenant holds, and who holds it. Scope `observe`."""
     ReadCache: _grpc.UnaryStreamMultiCallable[_machine_pb2.ReadCacheRequest, _machine_pb2.ReadCacheResponse]
     """Streams keys and values of a request's positions out of the KV cache."""
+    ReplaySample: _grpc.UnaryUnaryMultiCallable[_replay_pb2.ReplaySampleRequest, _replay_pb2.ReplaySampleResponse]
+    """Samples a generated token again, as the request asked and with other parameters, and tells every stage."""
     WatchCache: _grpc.UnaryStreamMultiCallable[_machine_pb2.WatchCacheRequest, _machine_pb2.WatchCacheResponse]
     """Streams what happens to the blocks of the caller's tenant. Scope `observe`."""
     WatchSteps: _grpc.UnaryStreamMultiCallable[_machine_pb2.WatchStepsRequest, _machine_pb2.WatchStepsResponse]
@@ -105,6 +110,8 @@ class IntrospectionAsyncStub(IntrospectionStub):
     """Streams what each part of the network adds to a token's logit: direct logit attribution."""
     Sweep: _aio.UnaryStreamMultiCallable[_sweep_pb2.SweepRequest, _sweep_pb2.SweepResponse]  # type: ignore[assignment]
     """Patches or ablates layer by layer, position by position, head by head, and tells what each change does to a metric."""
+    SelfCheck: _aio.UnaryUnaryMultiCallable[_introspection_pb2.SelfCheckRequest, _introspection_pb2.SelfCheckResponse]  # type: ignore[assignment]
+    """Computes a prompt and tests on it what must hold of a transformer's inner values, with the error found."""
     Estimate: _aio.UnaryUnaryMultiCallable[_introspection_pb2.EstimateRequest, _introspection_pb2.EstimateResponse]  # type: ignore[assignment]
     """Tells what a request would send and cost, and whether it would be refused, without computing it."""
     GetCacheStats: _aio.UnaryUnaryMultiCallable[_machine_pb2.GetCacheStatsRequest, _machine_pb2.GetCacheStatsResponse]  # type: ignore[assignment]
@@ -113,6 +120,8 @@ class IntrospectionAsyncStub(IntrospectionStub):
     """Tells what each block of the caller's tenant holds, and who holds it. Scope `observe`."""
     ReadCache: _aio.UnaryStreamMultiCallable[_machine_pb2.ReadCacheRequest, _machine_pb2.ReadCacheResponse]  # type: ignore[assignment]
     """Streams keys and values of a request's positions out of the KV cache."""
+    ReplaySample: _aio.UnaryUnaryMultiCallable[_replay_pb2.ReplaySampleRequest, _replay_pb2.ReplaySampleResponse]  # type: ignore[assignment]
+    """Samples a generated token again, as the request asked and with other parameters, and tells every stage."""
     WatchCache: _aio.UnaryStreamMultiCallable[_machine_pb2.WatchCacheRequest, _machine_pb2.WatchCacheResponse]  # type: ignore[assignment]
     """Streams what happens to the blocks of the caller's tenant. Scope `observe`."""
     WatchSteps: _aio.UnaryStreamMultiCallable[_machine_pb2.WatchStepsRequest, _machine_pb2.WatchStepsResponse]  # type: ignore[assignment]
@@ -200,6 +209,14 @@ class IntrospectionServicer(metaclass=_abc_1.ABCMeta):
         """Patches or ablates layer by layer, position by position, head by head, and tells what each change does to a metric."""
 
     @_abc_1.abstractmethod
+    def SelfCheck(
+        self,
+        request: _introspection_pb2.SelfCheckRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_introspection_pb2.SelfCheckResponse, _abc.Awaitable[_introspection_pb2.SelfCheckResponse]]:
+        """Computes a prompt and tests on it what must hold of a transformer's inner values, with the error found."""
+
+    @_abc_1.abstractmethod
     def Estimate(
         self,
         request: _introspection_pb2.EstimateRequest,
@@ -230,6 +247,14 @@ class IntrospectionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_machine_pb2.ReadCacheResponse], _abc.AsyncIterator[_machine_pb2.ReadCacheResponse]]:
         """Streams keys and values of a request's positions out of the KV cache."""
+
+    @_abc_1.abstractmethod
+    def ReplaySample(
+        self,
+        request: _replay_pb2.ReplaySampleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_replay_pb2.ReplaySampleResponse, _abc.Awaitable[_replay_pb2.ReplaySampleResponse]]:
+        """Samples a generated token again, as the request asked and with other parameters, and tells every stage."""
 
     @_abc_1.abstractmethod
     def WatchCache(

@@ -133,9 +133,12 @@ class Engine:
             except Exception as error:
                 events += self.fail(work.sequence.request.request_id, error)
         events += self._sample(draws, residual)
-        self.scheduler.pace.note(schedule.decodes, schedule.prompt_rows, time.monotonic() - begun)
+        seconds = time.monotonic() - begun
+        self.scheduler.pace.note(schedule.decodes, schedule.prompt_rows, seconds)
         self.observed.mark(SAMPLE)
         self.observed.step(schedule)
+        if probe is not None:
+            self.observed.inside.step(probe, seconds)
         self.watched.computed(schedule, self.steps)
         return events
 
@@ -150,11 +153,14 @@ class Engine:
     def _captured(self, probe: Probe) -> Events:
         """What was seen in a step; a request for which that failed ends."""
         events: Events = []
+        inside, begun = self.observed.inside, time.perf_counter()
         for request_id, found in probe.recorder.pieces():
             if isinstance(found, Exception):
                 events += self.fail(request_id, found)
             elif request_id in self.live:
                 events.append((request_id, found))
+                inside.handed(found)
+        inside.handing += time.perf_counter() - begun
         return events
 
     def _prepared(self) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
+from cutaway_server.engine.inside import Inside
 from cutaway_server.errors import DeadlineExceeded
 from cutaway_server.histogram import Histogram, one_two_five
 from cutaway_server.request import CompletionEnded, Event, FinishReason, Request, RequestEnded, RequestFailed, Sampled
@@ -98,6 +99,7 @@ class Observed:
         self.per_output_token = Histogram(TOKEN_EDGES)
         self.step_tokens = Histogram(STEP_TOKEN_EDGES)
         self.step_sequences = Histogram(STEP_SEQUENCE_EDGES)
+        self.inside = Inside()
         self.phases = {phase: Histogram(PHASE_EDGES) for phase in PHASES}
         self._watched: dict[str, _Watched] = {}
         self._mark = 0.0

@@ -56,6 +56,10 @@ class Retained:
         self._names: dict[str, OrderedDict[str, None]] = {}  # by tenant, in the same order
         self._blocks: dict[str, int] = {}  # by tenant
 
+    def __len__(self) -> int:
+        """All tenants' runs, with those whose time is up and that nobody has looked for since."""
+        return len(self._runs)
+
     @property
     def keeps(self) -> bool:
         """Whether anything is kept at all."""

@@ -38,7 +38,7 @@ def find_stored(engine: Engine, name: str, index: int) -> Stored:
     Raises:
         NotFound: no such request, or completion.
     """
-    request, found = _find(engine, name, index)
+    request, found = find(engine, name, index)
     if isinstance(found, Sequence):
         return Stored(request, index, len(found.tokens) - found.promised, found.stored, True)
     return Stored(request, index, len(found.tokens), found.stored, False)
@@ -50,7 +50,7 @@ def tokens_of(engine: Engine, name: str, index: int) -> tuple[Request, tuple[int
     Raises:
         NotFound: no such request, or completion.
     """
-    request, found = _find(engine, name, index)
+    request, found = find(engine, name, index)
     if isinstance(found, Sequence):
         return request, tuple(found.tokens[: len(found.tokens) - found.promised])
     return request, found.tokens
@@ -67,10 +67,10 @@ def read_stored(
         NotFound: the request has ended meanwhile and is not kept.
         Unsupported: it was preempted, or its blocks have been given to others.
     """
-    request, found = _find(engine, of.request.request_id, of.index)
+    request, found = find(engine, of.request.request_id, of.index)
     if request is not of.request:
-        raise _gone(of.request.request_id)
-    blocks = _blocks(engine, found, positions)
+        raise gone(of.request.request_id)
+    blocks = blocks_of(engine, found, positions)
     size = engine.pages.page_size
     slots = torch.tensor([blocks[position // size] * size + position % size for position in positions])
     keys, values = engine.pages.gather(layer, slots.to(engine.pages.keys.device))
@@ -79,7 +79,12 @@ def read_stored(
     return keys.cpu(), values.cpu()
 
 
-def _find(engine: Engine, name: str, index: int) -> tuple[Request, Sequence | Ended]:
+def find(engine: Engine, name: str, index: int) -> tuple[Request, Sequence | Ended]:
+    """A completion that runs, or has ended and is kept, and its request.
+
+    Raises:
+        NotFound: no such request, or completion.
+    """
     live = engine.live.get(name)
     if live is not None:
         if live.prompt is not None and index == 0:
@@ -90,14 +95,19 @@ def _find(engine: Engine, name: str, index: int) -> tuple[Request, Sequence | En
     elif (run := engine.retained.find(name, time.monotonic())) is not None:
         request, ended = run.request, list(run.completions)
     else:
-        raise _gone(name)
+        raise gone(name)
     for completion in ended:
         if completion.index == index:
             return request, completion
     raise NotFound(f"index: request {_own(name)!r} has no completion {index} now")
 
 
-def _blocks(engine: Engine, found: Sequence | Ended, positions: Items[int]) -> Items[int]:
+def blocks_of(engine: Engine, found: Sequence | Ended, positions: Items[int]) -> Items[int]:
+    """The completion's blocks, those of `positions` with their keys and values.
+
+    Raises:
+        Unsupported: it was preempted, or they have been given to others.
+    """
     if isinstance(found, Sequence):
         if positions and max(positions) >= found.stored:
             raise Unsupported("the request was preempted: its keys and values are computed again later; try again")
@@ -109,7 +119,8 @@ def _blocks(engine: Engine, found: Sequence | Ended, positions: Items[int]) -> I
     return [lease.block for lease in found.leases]
 
 
-def _gone(name: str) -> NotFound:
+def gone(name: str) -> NotFound:
+    """There is no such request."""
     return NotFound(f"request_id: no request {_own(name)!r} is running, or has ended and is kept")
 
 

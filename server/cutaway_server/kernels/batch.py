@@ -31,6 +31,17 @@ class Batch:
         """T."""
         return self.token_ids.shape[0]
 
+    def chosen(self, rows: Tensor, *, together: bool = False) -> Batch:
+        """Some rows, ascending, as a batch: each a sequence of its own, or, of one sequence, all `together`."""
+        sequences = torch.searchsorted(self.query_starts, rows, right=True) - 1
+        starts = torch.arange(len(rows) + 1, device=rows.device)
+        if together:
+            starts, sequences = starts[[0, -1]], sequences[:1]
+        return Batch(
+            self.token_ids[rows], self.positions[rows], self.slots[rows], self.store[rows], starts,
+            self.lengths[sequences], self.block_table[sequences], rows[:0], self.page_size,
+        )  # fmt: skip
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device, in one copy that the host does not wait for."""
         if self.token_ids.device == device:

@@ -89,6 +89,7 @@ class CpuKernels:
         self._layers = library.operation(variant, "layers")
         self._attention_input = library.operation(variant, "attention_input")
         self._paged_attention = library.operation(variant, "paged_attention")
+        self._patterns = library.operation(variant, "patterns")
         self._attention_output = library.operation(variant, "attention_output")
         self._mlp_input = library.operation(variant, "mlp_input")
         self._mlp_output = library.operation(variant, "mlp_output")
@@ -187,6 +188,17 @@ class CpuKernels:
     ) -> Tensor:
         """Probabilities of selected (row, head) pairs, from the pages and the log-sum-exp: [pairs, longest length]."""
         return attention.attention_rows(self.config, layer, q, lse, rows, heads, plan, pages)
+
+    def patterns(self, layer: int, q: Tensor, lse: Tensor | None, plan: Plan, pages: Pages, width: int) -> Tensor:
+        """Probabilities (scores without `lse`) of all rows of a plan for their keys: [heads, T, width]."""
+        assert isinstance(plan, CpuPlan)
+        q, lse = _plain(q), None if lse is None else _plain(lse)
+        out = q.new_empty(self.config.n_heads, len(q), width)
+        self._patterns(
+            self._shape_at, self._layer_at[layer], self._pages.at(pages, layer), plan.at, q.data_ptr(), _at(lse),
+            out.data_ptr(), width,
+        )  # fmt: skip
+        return out
 
     def attention_output(self, layer: int, z: Tensor, residual: Tensor) -> Tensor:
         """W_O, post-norm, added to the residual."""

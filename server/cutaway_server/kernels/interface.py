@@ -80,6 +80,13 @@ class OpenKernels(Kernels, Protocol):
     def turn(self, layer: int, q: Tensor, k: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """QK-norm and rotation of queries and keys fp32."""
 
+    def patterns(self, layer: int, q: Tensor, lse: Tensor | None, plan: Plan, pages: Pages, width: int) -> Tensor:
+        """Probabilities (scores without `lse`) of all rows of a plan for their keys, fp32 [heads, T, width].
+
+        `width` is more than any row's position. What a row does not see is 0 (-inf). q and lse are what paged_attention
+        took and returned.
+        """
+
     def open_attention_output(self, layer: int, z: Tensor, residual: Tensor) -> Added:
         """W_O, post-norm, residual: every value."""
 

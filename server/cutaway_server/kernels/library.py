@@ -86,6 +86,7 @@ SIGNATURES: dict[str, tuple[type[c_void_p] | type[c_int64], ...]] = {
     "layers": (P, P, P, P, P, N, N, P, P),
     "attention_input": (P, P, P, P, P, P, P, P, P, P),
     "paged_attention": (P, P, P, P, P, P, P),
+    "patterns": (P, P, P, P, P, P, P, N),
     "attention_output": (P, P, N, P, P, P, P, P),
     "mlp_input": (P, P, N, P, P, P, P, P),
     "mlp_output": (P, P, N, P, P, P, P, P),

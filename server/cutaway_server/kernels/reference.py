@@ -16,6 +16,7 @@ from cutaway_server.cache.pages import FORMATS, Pages
 from cutaway_server.kernels import attention
 from cutaway_server.kernels.batch import Batch
 from cutaway_server.kernels.linear import linear
+from cutaway_server.kernels.patterns import patterns
 from cutaway_server.kernels.plan import Plan, all_frequencies, make_plan
 from cutaway_server.kernels.reading import HeldWeights, WeightReader
 from cutaway_server.kernels.rope import rotate
@@ -151,6 +152,10 @@ class ReferenceKernels:
     ) -> Tensor:
         """Probabilities of selected (row, head) pairs, from the pages and the log-sum-exp: [pairs, longest length]."""
         return attention.attention_rows(self.config, layer, q, lse, rows, heads, plan, pages)
+
+    def patterns(self, layer: int, q: Tensor, lse: Tensor | None, plan: Plan, pages: Pages, width: int) -> Tensor:
+        """Probabilities (scores without `lse`) of all rows of a plan for their keys: [heads, T, width]."""
+        return patterns(self.config, layer, q, lse, plan.batch, pages, width)
 
     def open_attention_output(self, layer: int, z: Tensor, residual: Tensor) -> Added:
         """W_O, post-norm, residual: every value."""

@@ -14,13 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cutaway_server.cache.pages import Pages
-from cutaway_server.kernels.batch import Batch
 from cutaway_server.kernels.interface import OpenKernels
 from cutaway_server.kernels.plan import Plan
 from cutaway_server.kernels.reference import Added, Normed, activated
-from cutaway_server.probe.attention import Reader
 from cutaway_server.probe.editor import Editor
-from cutaway_server.probe.knockout import attend_again, knocked_of
+from cutaway_server.probe.knockout import Reader, attend_again, knocked_of
 from cutaway_server.probe.recorder import Recorder
 
 B = "blocks.{i}."
@@ -106,7 +104,7 @@ class ProbedStep:
         if knocked:
             z, lse = attend_again(reader, q, z, lse, knocked)
         self.recorder.take(A + "hook_lse", layer, lse)
-        self.recorder.attend(reader, q, lse, knocked)
+        self.recorder.attend(layer, q, lse, self.plan.batch, self.pages, knocked)
         z = self._point(A + "hook_z", layer, z)
         mid = kernels.attention_output(layer, z, residual)
         if subset := self._subset(layer, (A + "hook_result",)):
@@ -142,7 +140,7 @@ class ProbedStep:
 
     def _turned(self, layer: int, q: Tensor, k: Tensor, subset: Subset, places: Tensor) -> tuple[Tensor, Tensor]:
         """QK-norm and rotation of some of a subset's rows."""
-        plan = self.kernels.plan(chosen(self.plan.batch, subset.rows[places]))
+        plan = self.kernels.plan(self.plan.batch.chosen(subset.rows[places]))
         return self.kernels.turn(layer, q[places], k[places], plan)
 
     def _mlp(self, layer: int, mid: Tensor) -> Tensor:
@@ -193,7 +191,7 @@ class ProbedStep:
             return None
         if rows not in self._subsets:
             places = torch.tensor(rows, device=self.plan.batch.positions.device)
-            self._subsets[rows] = Subset(places, self.kernels.plan(chosen(self.plan.batch, places)))
+            self._subsets[rows] = Subset(places, self.kernels.plan(self.plan.batch.chosen(places)))
         return self._subsets[rows]
 
 
@@ -212,16 +210,6 @@ def _differ(*pairs: tuple[Tensor, Tensor]) -> Tensor:
     if not differ:
         return torch.zeros(0, dtype=torch.int64, device=pairs[0][0].device)
     return torch.stack(differ).any(0).nonzero().squeeze(1)
-
-
-def chosen(batch: Batch, rows: Tensor) -> Batch:
-    """Rows of a batch, each as a sequence of one row."""
-    sequences = torch.searchsorted(batch.query_starts, rows, right=True) - 1
-    return Batch(
-        batch.token_ids[rows], batch.positions[rows], batch.slots[rows], batch.store[rows],
-        torch.arange(len(rows) + 1, device=rows.device), batch.lengths[sequences], batch.block_table[sequences],
-        rows[:0], batch.page_size,
-    )  # fmt: skip
 
 
 def results(kernels: OpenKernels, layer: int, z: Tensor) -> Tensor:

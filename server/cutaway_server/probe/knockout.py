@@ -15,13 +15,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cutaway_server.architecture import ModelConfig
+from cutaway_server.cache.pages import Pages
 from cutaway_server.edits import KnockOut
 from cutaway_server.kernels.attention import soft_cap
+from cutaway_server.kernels.batch import Batch
+from cutaway_server.kernels.patterns import hidden, stored
 from cutaway_server.kernels.plan import SPLIT, TILE
-from cutaway_server.probe.attention import Reader
 from cutaway_server.probe.editor import Marked
 
 ROWS_AT_ONCE = 256  # bounds the keys and values that are laid out beside each tile
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Where one layer's keys and values are, in one step."""
+
+    config: ModelConfig
+    layer: int
+    batch: Batch
+    pages: Pages
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,14 +104,14 @@ def _attend(reader: Reader, q: Tensor, sequence: int, positions: Tensor, bias: T
     tiled = torch.arange(-(-len(q) // TILE) * TILE, device=q.device).clamp(max=len(q) - 1)
     queries = torch.unflatten(q[tiled], 0, (-1, TILE)).transpose(1, 2)  # [tiles, heads, TILE, d_head]
     queries = torch.unflatten(queries, 1, (config.n_kv_heads, config.group)).flatten(2, 3)
-    keys, values = reader.keys(sequence, n), reader.values(sequence, n)
+    keys, values = stored(reader.pages, reader.layer, reader.batch.block_table[sequence], n)
     highest = torch.full(queries.shape[:-1], -torch.inf, device=q.device)
     total, out = torch.zeros_like(highest), torch.zeros_like(queries)
     for start in range(0, n, SPLIT):
         k, v = (F.pad(x[:, start : start + SPLIT], (0, 0, 0, max(0, start + SPLIT - n))) for x in (keys, values))
-        hidden = reader.hidden(positions[tiled], start, SPLIT)  # [rows, SPLIT]
+        unseen = hidden(config, reader.layer, positions[tiled], start, SPLIT)  # [rows, SPLIT]
         added = F.pad(bias[:, tiled, start : start + SPLIT], (0, SPLIT - bias[:, :, start : start + SPLIT].shape[-1]))
-        added = torch.unflatten(added.masked_fill(hidden, -torch.inf), 1, (-1, TILE)).transpose(0, 1)
+        added = torch.unflatten(added.masked_fill(unseen, -torch.inf), 1, (-1, TILE)).transpose(0, 1)
         added = torch.unflatten(added, 1, (config.n_kv_heads, config.group)).flatten(2, 3)
         scores = soft_cap(_products(queries, k.transpose(1, 2)) * config.scale, config.attention_softcap) + added
         before, highest = highest, torch.maximum(highest, scores.amax(-1))

@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cutaway_server.cache.pages import Pages
 from cutaway_server.captures import Captured, HeadSummary, Part, Pool
-from cutaway_server.probe.attention import Reader, tiles
+from cutaway_server.kernels.batch import Batch
+from cutaway_server.kernels.interface import OpenKernels
+from cutaway_server.kernels.plan import Plan
 from cutaway_server.probe.group import Group, joined, stacked
 from cutaway_server.probe.knockout import Knocked
 from cutaway_server.probe.reduce import Axes, Outcome, Queries, reduce_pattern
+
+SCORES_AT_ONCE = 2**24  # elements of one tile: 64 MiB in fp32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attended:
+    """What a layer's attention took and left: q [T, heads, d_head], log-sum-exps [T, heads], what was knocked out."""
+
+    layer: int
+    q: Tensor
+    lse: Tensor
+    batch: Batch
+    pages: Pages
+    knocked: Sequence[Knocked]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tile:
+    """Some of a group's rows, as a batch of their own."""
+
+    part: slice
+    plan: Plan
+    width: int  # keys, as many as its last query may see
 
 
 class PatternGroup(Group):
@@ -22,47 +49,55 @@ class PatternGroup(Group):
     def __init__(self, *args: object) -> None:
         super().__init__(*args)  # type: ignore[arg-type]
         self.outcomes: list[Outcome] = []
-        self.knocked: Sequence[Knocked] = ()  # of the layer that is being taken
-        self.sequences = torch.tensor(
-            [look.sequence for look in self.looks for _ in look.rows], device=self.rows.device
-        )
         self.heads = torch.tensor(self.capture.heads or range(self.config.n_heads), device=self.rows.device)
+        self._tiles: list[Tile] = []  # the same for all layers
 
-    def take(self, reader: Reader, q: Tensor, lse: Tensor, knocked: Sequence[Knocked]) -> None:
-        """Take what a layer's attention computed of queries q [T, heads, d_head] with log-sum-exps [T, heads]."""
-        self.knocked = knocked
-        q, lse = q[self.rows][:, self.heads].float(), lse[self.rows][:, self.heads].T  # [heads, rows]
+    def take(self, kernels: OpenKernels, attended: Attended) -> None:
+        """Take what a layer's attention computed."""
+        if not self._tiles:
+            self._tiles = list(self._made(kernels, attended.batch))
         if isinstance(self.capture.reduction, Pool):
-            self._pool(reader, q, lse)
+            self._pool(kernels, attended)
             return
-        per_row = len(self.heads) * (int(self.positions.max()) + 1)
-        found = [self._tile(reader, q, lse, part) for part in tiles(len(q), per_row)]
-        self.outcomes.append(joined(_widened(found), 1))
+        self.outcomes.append(joined(_widened([self._tile(kernels, attended, tile) for tile in self._tiles]), 1))
+
+    def _made(self, kernels: OpenKernels, batch: Batch) -> Iterator[Tile]:
+        per_row = self.config.n_heads * (int(self.positions.max()) + 1)
+        step = max(1, SCORES_AT_ONCE // per_row)
+        for start in range(0, len(self.rows), step):
+            part = slice(start, min(start + step, len(self.rows)))
+            width = int(self.positions[part].max()) + 1
+            yield Tile(part, kernels.plan(batch.chosen(self.rows[part], together=len(self.looks) == 1)), width)
 
     def outcome(self) -> Outcome:
         """Everything taken, of all layers."""
         return stacked(self.outcomes)
 
-    def _tile(self, reader: Reader, q: Tensor, lse: Tensor, part: slice) -> Outcome:
-        values = self._values(reader, q[part], lse[:, part], part)
-        return reduce_pattern(self.capture, values, Queries(self.positions[part], self._follows(part, values)))
+    def _tile(self, kernels: OpenKernels, attended: Attended, tile: Tile) -> Outcome:
+        values = self._values(kernels, attended, tile)
+        return reduce_pattern(
+            self.capture, values, Queries(self.positions[tile.part], self._follows(tile.part, values))
+        )
 
-    def _values(self, reader: Reader, q: Tensor, lse: Tensor, part: slice) -> Tensor:
+    def _values(self, kernels: OpenKernels, attended: Attended, tile: Tile) -> Tensor:
         """Patterns, or scores, [heads, rows, keys]."""
-        positions = self.positions[part]
-        if len(self.looks) == 1:
-            scores = reader.scores(q, self.looks[0].sequence, positions, self.heads)
-        else:
-            scores = reader.scores_of_each(q, self.sequences[part], positions, self.heads)
-        self._knock_out(scores, part)
-        if not self.point.name.endswith("hook_pattern"):
-            return scores
-        return torch.exp(scores - lse[..., None])
+        rows = self.rows[tile.part]
+        q, lse = attended.q[rows].float(), attended.lse[rows]
+        whole = self.point.name.endswith("hook_pattern")
+        direct = lse if whole and not attended.knocked else None
+        values = kernels.patterns(attended.layer, q, direct, tile.plan, attended.pages, tile.width)
+        if self.capture.heads is not None:
+            values = values[self.heads]
+        if attended.knocked:
+            self._knock_out(values, tile.part, attended.knocked)
+            if whole:
+                values = torch.exp(values - lse[:, self.heads].T[..., None])
+        return values
 
-    def _knock_out(self, scores: Tensor, part: slice) -> None:
+    def _knock_out(self, scores: Tensor, part: slice, knocked: Sequence[Knocked]) -> None:
         """Add what knock-outs add to the scores [heads, rows, keys] of these rows."""
         rows = self.rows[part]
-        for each in self.knocked:
+        for each in knocked:
             mine = torch.isin(rows, each.rows).nonzero().squeeze(1)
             if len(mine):
                 theirs = torch.searchsorted(each.rows, rows[mine])
@@ -80,17 +115,17 @@ class PatternGroup(Group):
                 follows[place, 1 : position + 1] = tokens[:position] == tokens[position]
         return torch.from_numpy(follows).to(values.device)
 
-    def _pool(self, reader: Reader, q: Tensor, lse: Tensor) -> None:
+    def _pool(self, kernels: OpenKernels, attended: Attended) -> None:
         look = self.looks[0]
         assert isinstance(self.capture.reduction, Pool)
         assert look.pooled is not None
-        size = min(self.capture.reduction.size, look.prompt_length)
-        cells = look.pooled.cells.setdefault(reader.layer, torch.zeros(len(self.heads), size, size, device=q.device))
-        for part in tiles(len(q), len(self.heads) * look.prompt_length):
-            pattern = self._values(reader, q[part], lse[:, part], part)
-            keys = cell_of(torch.arange(pattern.shape[-1], device=q.device), size, look.prompt_length)
+        size, device = min(self.capture.reduction.size, look.prompt_length), attended.q.device
+        cells = look.pooled.cells.setdefault(attended.layer, torch.zeros(len(self.heads), size, size, device=device))
+        for tile in self._tiles:
+            pattern = self._values(kernels, attended, tile)
+            keys = cell_of(torch.arange(tile.width, device=device), size, look.prompt_length)
             by_key = pattern.new_zeros(*pattern.shape[:2], size).index_add_(2, keys, pattern)
-            cells.index_add_(1, cell_of(self.positions[part], size, look.prompt_length), by_key)
+            cells.index_add_(1, cell_of(self.positions[tile.part], size, look.prompt_length), by_key)
 
     def picture(self, step: int) -> Captured | None:
         """The finished picture [layers, heads, size, size] of the look; None while prompt rows are missing."""

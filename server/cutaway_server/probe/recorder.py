@@ -9,13 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from cutaway_server.cache.pages import Pages
 from cutaway_server.captures import Captured, Lens, Pool
+from cutaway_server.kernels.batch import Batch
 from cutaway_server.kernels.interface import OpenKernels
-from cutaway_server.probe.attention import Reader
 from cutaway_server.probe.group import Group, joined
 from cutaway_server.probe.knockout import Knocked
 from cutaway_server.probe.looks import Look
-from cutaway_server.probe.patterns import PatternGroup
+from cutaway_server.probe.patterns import Attended, PatternGroup
 from cutaway_server.probe.points import POINTS
 from cutaway_server.probe.reduce import Outcome, lens, reduce_values, translated
 
@@ -69,15 +70,16 @@ class Recorder:
                 rows = group.rows if subset is None else group.place(subset)
                 group.stash.append(group.selected(values[rows]).float())
 
-    def attend(self, reader: Reader, q: Tensor, lse: Tensor, knocked: Sequence[Knocked]) -> None:
+    def attend(
+        self, layer: int, q: Tensor, lse: Tensor, batch: Batch, pages: Pages, knocked: Sequence[Knocked]
+    ) -> None:
         """Keep patterns and scores of the queries looked at, right after a layer's attention."""
-        layer = reader.layer
         for name in ("blocks.{i}.attn.hook_pattern", "blocks.{i}.attn.hook_attn_scores"):
             for group in self._at.get((name, layer), ()):
                 assert isinstance(group, PatternGroup)
                 try:
                     if group.error is None:
-                        group.take(reader, q, lse, knocked)
+                        group.take(self.kernels, Attended(layer, q, lse, batch, pages, knocked))
                 except RuntimeError as error:  # as out of memory: these looks fail, the step goes on
                     group.error = error
 

@@ -8,19 +8,25 @@ import torch
 from torch import Tensor
 
 from cutaway_server.sampler.batch import Biases, Parameters, SamplingBatch, Seen
+from cutaway_server.sampler.note import Note, unnoted
 
 LARGEST = torch.finfo(torch.float32).max
 
 
-def adjust(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """The logits fp32 [R, V] as the rows want them: a copy, or the same tensor where nobody wants a change."""
+def adjust(logits: Tensor, batch: SamplingBatch, note: Note = unnoted) -> Tensor:
+    """The logits fp32 [R, V] as the rows want them: a copy, or the same tensor where nobody wants a change.
+
+    Notes them "biased" and "penalised" where they are.
+    """
     if batch.biases is None and batch.seen is None and batch.banned is None and batch.mask is None:
         return logits
     logits = logits.clone()
     if batch.biases is not None:
         _add(logits, batch.biases)
+        note("biased", logits)
     if batch.seen is not None:
         _penalise(logits, batch.seen, batch.parameters)
+        note("penalised", logits)
     if batch.banned is not None:
         logits[batch.banned.rows, batch.banned.tokens] = -torch.inf
     if batch.mask is not None:

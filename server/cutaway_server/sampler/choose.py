@@ -10,6 +10,7 @@ from cutaway_server.sampler.batch import SampledBatch, SamplingBatch
 from cutaway_server.sampler.draw import distances, draw, invert, likelihoods
 from cutaway_server.sampler.filters import Filters, keep, keep_k
 from cutaway_server.sampler.logprobs import log_probabilities
+from cutaway_server.sampler.note import Note, unnoted
 from cutaway_server.sampler.order import HISTOGRAM, highest_places, least
 from cutaway_server.sampler.philox import uniforms
 
@@ -19,29 +20,33 @@ ON_CPU = 2**18
 ON_DEVICE = 2**24
 
 
-def sample(logits: Tensor, batch: SamplingBatch) -> SampledBatch:
+def sample(logits: Tensor, batch: SamplingBatch, note: Note = unnoted) -> SampledBatch:
     """Choose one token per row of logits [R, V], which stay as they are.
 
     Draws go by inverse CDF: in order of ids, or, where top_k is small, from the likeliest down. Greedy rows take the
     likeliest token, the lowest id among equals.
+
+    `note` is told what each stage leaves, so that a batch of one row can be followed (`stages.py`).
     """
     logits = logits.float()
-    adjusted = adjust(logits, batch)
+    adjusted = adjust(logits, batch, note)
+    note("adjusted", adjusted)
     likeliest = highest_places(adjusted)
     highest = adjusted.gather(1, likeliest[:, None]).squeeze(1)
     valid = highest.abs() < torch.inf  # the highest of a row with NaN is NaN, which compares False
     if adjusted is not logits:
         valid &= logits.amax(1) < torch.inf
-    tokens = torch.where(valid, _choose(adjusted, likeliest, highest, batch), 0)
+    tokens = torch.where(valid, _choose(adjusted, likeliest, highest, batch, note), 0)
     return SampledBatch(tokens, valid, *_score(logits, tokens, batch))
 
 
-def _choose(logits: Tensor, likeliest: Tensor, highest: Tensor, batch: SamplingBatch) -> Tensor:
+def _choose(logits: Tensor, likeliest: Tensor, highest: Tensor, batch: SamplingBatch, note: Note) -> Tensor:
     parameters, paths = batch.parameters, batch.paths
     if not paths.drawing:
         return likeliest
     tokens = likeliest.clone()
     uniform = uniforms(parameters.seeds, parameters.indices, parameters.positions)
+    note("uniform", uniform)
     if (rows := paths.plain) is not None:
         temperature = _pick(parameters.temperature, rows)
         likelihood = likelihoods(_pick(logits, rows), _pick(highest, rows), temperature)
@@ -49,27 +54,32 @@ def _choose(logits: Tensor, likeliest: Tensor, highest: Tensor, batch: SamplingB
     for rows, path in ((paths.short, _short), (paths.long, _long)):
         if rows is not None:
             below = distances(_pick(logits, rows), _pick(highest, rows), _pick(parameters.temperature, rows))
-            tokens[rows] = path(below, _pick(uniform, rows), rows, batch)
+            tokens[rows] = path(below, _pick(uniform, rows), rows, batch, note)
     return tokens
 
 
-def _short(below: Tensor, uniform: Tensor, rows: Tensor, batch: SamplingBatch) -> Tensor:
+def _short(below: Tensor, uniform: Tensor, rows: Tensor, batch: SamplingBatch, note: Note) -> Tensor:
     candidates, places = least(below, batch.paths.longest_short)
     rank = torch.arange(candidates.shape[1], device=rows.device)
-    kept = keep(candidates, rank < _pick(batch.parameters.top_k, rows)[:, None], _filters(rows, batch))
+    inside = rank < _pick(batch.parameters.top_k, rows)[:, None]
+    note("places", places)
+    note("top_k", inside)
+    kept = keep(candidates, inside, _filters(rows, batch), note)
     place, _ = invert((-candidates).exp_().mul_(kept), uniform)
     return places.gather(1, place[:, None]).squeeze(1)
 
 
-def _long(below: Tensor, uniform: Tensor, rows: Tensor, batch: SamplingBatch) -> Tensor:
+def _long(below: Tensor, uniform: Tensor, rows: Tensor, batch: SamplingBatch, note: Note) -> Tensor:
     at_once = max(1, (ON_CPU if below.device.type == "cpu" else ON_DEVICE) // max(below.shape[1], HISTOGRAM))
     parts = [slice(start, start + at_once) for start in range(0, len(rows), at_once)]
-    return torch.cat([_long_part(below[part], uniform[part], rows[part], batch) for part in parts])
+    return torch.cat([_long_part(below[part], uniform[part], rows[part], batch, note) for part in parts])
 
 
-def _long_part(below: Tensor, uniform: Tensor, rows: Tensor, batch: SamplingBatch) -> Tensor:
+def _long_part(below: Tensor, uniform: Tensor, rows: Tensor, batch: SamplingBatch, note: Note) -> Tensor:
     kept = keep_k(below, _pick(batch.parameters.top_k, rows)) if batch.paths.any_long_k else None
-    kept = keep(below, kept, _filters(rows, batch))
+    if kept is not None:
+        note("top_k", kept)
+    kept = keep(below, kept, _filters(rows, batch), note)
     return draw(below.neg_().exp_().mul_(kept), uniform)
 
 

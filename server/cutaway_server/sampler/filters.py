@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cutaway_server.sampler.note import Note, unnoted
 from cutaway_server.sampler.order import nearest
 
 # Probabilities relative to the likeliest token, as integers: 2^20 of them fit int64, less than 2^-42 counts as 0.
@@ -33,8 +34,8 @@ def keep_k(distances: Tensor, top_k: Tensor) -> Tensor:
     return nearest(distances, ones, top_k.where(~everything, 1)) | everything[:, None]
 
 
-def keep(distances: Tensor, kept: Tensor | None, filters: Filters) -> Tensor:
-    """What top-p, min-p and typical-p leave of `kept`, bool [F, N]."""
+def keep(distances: Tensor, kept: Tensor | None, filters: Filters, note: Note = unnoted) -> Tensor:
+    """What top-p, min-p and typical-p leave of `kept`, bool [F, N]; notes what each leaves by its name."""
     likelihood = (-distances).exp_()
     if kept is None:
         kept = torch.ones_like(distances, dtype=torch.bool)
@@ -42,11 +43,14 @@ def keep(distances: Tensor, kept: Tensor | None, filters: Filters) -> Tensor:
         weights = _weights(likelihood, kept)
         inside = nearest(distances, weights, _share(weights, filters.top_p))
         kept = kept & (inside | (filters.top_p >= 1.0)[:, None])
+        note("top_p", kept)
     if filters.min_p is not None:
         kept = kept & (likelihood >= filters.min_p.float()[:, None])
+        note("min_p", kept)
     if filters.typical_p is not None:
         inside = _typical(distances, _weights(likelihood, kept), filters.typical_p)
         kept = kept & (inside | (filters.typical_p >= 1.0)[:, None])
+        note("typical_p", kept)
     return kept
 
 

@@ -61,7 +61,7 @@ def ask(
     """
     options = sampling_options(message.sampling).over(limits.facts.defaults)
     prompt = _prompt(message, model, limits)
-    sampling = _sampling(options, model, limits.facts, len(prompt))
+    sampling = sampling_of(options, model, limits.facts, len(prompt))
     drawer = limits.shelf.of(caller.tenant)
     captures = captures_of(message.captures, limits.facts.config, len(prompt), sampling.max_tokens, drawer)
     request = Request(
@@ -149,7 +149,12 @@ def _prompt(message: v1.GenerateRequest, model: TextModel, limits: Limits) -> tu
     return tuple(ids)
 
 
-def _sampling(options: SamplingOptions, model: TextModel, facts: EngineFacts, prompt_length: int) -> SamplingParams:
+def sampling_of(options: SamplingOptions, model: TextModel, facts: EngineFacts, prompt_length: int) -> SamplingParams:
+    """Options, checked, for a prompt of that many tokens.
+
+    Raises:
+        InvalidField: names the field, the value and the rule.
+    """
     _check_length(prompt_length, options.max_tokens, facts.max_context)
     check_bad_words(options.bad_words)
     bad_words = tuple(

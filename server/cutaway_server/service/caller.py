@@ -38,11 +38,12 @@ ANYBODY = Caller("", "none", "", frozenset(Scope))  # on a server that asks nobo
 
 @dataclass(slots=True)
 class Call:
-    """One call in progress, for logs. The handler names the request, if it is about one."""
+    """One call in progress, for logs and metrics. The handler names the request, if it is about one."""
 
     method: str
     caller: Caller
     request_id: str = ""
+    looks_inside: bool = False  # its request has captures or edits
 
 
 CALL: ContextVar[Call] = ContextVar("call")  # each call has a task, and so a context, of its own

@@ -51,15 +51,28 @@ def edits_of(
         if kind == "override":
             _override(message, field, config, max_tokens, overrides)
             continue
-        salt.update(message.SerializeToString(deterministic=True))
         if kind == "knock_out":
             knocked.append(_knock_out(message, field, config, prompt_length, computed))
+            where: tuple[Rows, object] = (knocked[-1].rows, ())
         else:
-            changed += _edits(message, field, config, drawer, prompt_length, computed)
+            made = _edits(message, field, config, drawer, prompt_length, computed)
+            changed += made
+            where = (made[-1].rows, made[-1].change.places if isinstance(made[-1].change, edits.Set) else ())
             if named := _named(message):
                 salt.update(drawer.salt(named))
+        salt.update(_fingerprint(message, *where))
     _check_keys_left(knocked, config, computed)
     return Edits(tuple(changed), tuple(knocked), tuple(sorted(overrides.items())), salt.digest())
+
+
+def _fingerprint(message: v1.Edit, selected: Rows, places: object) -> bytes:
+    """What tells an edit from others: what it does, and to which positions, for "prompt" is not the same in any two."""
+    said = v1.Edit()
+    said.CopyFrom(message)
+    said.ClearField("positions")
+    rows_told = repr((selected.ranges, sorted(selected.listed), places)).encode()
+    data = said.SerializeToString(deterministic=True)
+    return b"%d %d " % (len(data), len(rows_told)) + data + rows_told
 
 
 def _named(message: v1.Edit) -> str:

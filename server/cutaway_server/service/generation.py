@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 
 from cutaway_server.config import Config
 from cutaway_server.engine.build import EngineFacts
-from cutaway_server.errors import QueueFull
+from cutaway_server.errors import InvalidField, QueueFull
 from cutaway_server.service.asking import Limits, ask, name_of
 from cutaway_server.service.caller import Caller, Scope, current
 from cutaway_server.service.describing import started
@@ -52,7 +52,7 @@ class Generation:
         self._workers = workers
         self._config = config
         self._quotas = quotas
-        self._held = 0  # bytes that captures of requests at work may come to
+        self.held = 0  # bytes that captures of requests at work may come to
 
     def ready(self) -> Served:
         """The model served.
@@ -83,13 +83,17 @@ class Generation:
         work = partial(ask, request, served.text, limits or self.limits(), time.monotonic(), deadline, call.caller)
         return await self._workers.run(work, request.ByteSize())
 
+    async def work(self, function: Callable[[], R]) -> R:
+        """Call a function on a worker thread."""
+        return await self._workers.run(function, 0)
+
     # Writing to the context, rather than yielding, lets a cancelled call clean up at once.
     async def stream(
         self, request: v1.GenerateRequest, context: Context, wrap: Callable[[v1.GenerateResponse], Message],
         alter: Callable[[Asked], Asked] | None = None,
     ) -> None:  # fmt: skip
         """Stream one request's events, each as the message that `wrap` makes of it; `alter` changes what is asked."""
-        async with self._answering(request, context, alter) as reply:
+        async with self._answering(request, context, alter=alter) as reply:
             while messages := await reply.take():
                 for message in messages:
                     await context.write(wrap(message))
@@ -125,25 +129,40 @@ class Generation:
                         gathered.take(message)
         return gathered
 
-    async def work(self, function: Callable[[], R]) -> R:
-        """Call a function on a worker thread."""
-        return await self._workers.run(function, 0)
+    async def run(
+        self, request: v1.GenerateRequest, context: Context, take: Callable[[v1.GenerateResponse], None], *,
+        most_tokens: int,
+    ) -> None:  # fmt: skip
+        """Compute a request of at most so many prompt tokens for the server's own use: hand each event to `take`.
+
+        Raises:
+            InvalidField: the prompt is longer, or has less than two tokens.
+        """
+        async with self._answering(request, context, most_tokens) as reply:
+            while messages := await reply.take():
+                for message in messages:
+                    take(message)
 
     @asynccontextmanager
     async def _answering(
-        self, request: v1.GenerateRequest, context: Context, alter: Callable[[Asked], Asked] | None = None
-    ) -> AsyncIterator[Reply]:
+        self, request: v1.GenerateRequest, context: Context, most_tokens: int | None = None,
+        alter: Callable[[Asked], Asked] | None = None,
+    ) -> AsyncIterator[Reply]:  # fmt: skip
         """The reply to a request, for as long as the block lasts."""
+        call = current()
+        call.looks_inside = bool(request.captures or request.edits)
         served = self.ready()
         self._desk.admit()
         remaining = context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining
-        call = current()
         request.request_id = name_of(request)
         with self._desk.arriving(request.request_id, call.caller.tenant):
             asked = await self.ask(request, deadline)
             asked = asked if alter is None else alter(asked)
             call.request_id = request.request_id
+            length = len(asked.request.prompt)
+            if most_tokens is not None and not 2 <= length <= most_tokens:
+                raise InvalidField("generate.prompt", f"{length} tokens", f"must have 2 to {most_tokens}")
             if self._config.log_prompts:
                 log.info("request %s: prompt %r", call.request_id, served.text.decode(asked.request.prompt))
             make = partial(Reply, asked, started(served.facts), self._config.max_backlog)
@@ -163,14 +182,14 @@ class Generation:
     @contextmanager
     def _holding(self, size: int) -> Iterator[None]:
         """Keep room for captured values that may wait for their reader."""
-        if size and self._held + size > self._config.capture_memory:
-            rule = f"requests at work may hold {self._held} bytes of captures, of {self._config.capture_memory}"
-            raise QueueFull(f"captures: {size} bytes more are too many: {rule}", RETRY_AFTER_SECONDS)
-        self._held += size
+        if size and self.held + size > self._config.capture_memory:
+            rule = f"requests at work may hold {self.held} bytes of captures, of {self._config.capture_memory}"
+            raise QueueFull(f"captures: {size} bytes more are too many: {rule}", RETRY_AFTER_SECONDS, "captures")
+        self.held += size
         try:
             yield
         finally:
-            self._held -= size
+            self.held -= size
 
 
 def check_scopes(request: v1.GenerateRequest, caller: Caller) -> None:

@@ -17,6 +17,7 @@ from cutaway_server.service.asking import bytes_of, check_budget
 from cutaway_server.service.attributing import Attributing, capture_needed, choice_of
 from cutaway_server.service.generation import Generation
 from cutaway_server.service.selecting import indices
+from cutaway_server.service.self_check import LONGEST, Gathered, check_request, told
 from cutaway_server.service.status import Context
 
 COSTS = {
@@ -99,6 +100,13 @@ class Introspection:
             asked, context, lambda event: v1.AttributionResponse(event=event), attributing.messages
         )
 
+    async def SelfCheck(self, request: v1.SelfCheckRequest, context: Context) -> v1.SelfCheckResponse:
+        """Test what must hold."""
+        facts = self._generation.ready().facts
+        gathered = Gathered(facts)
+        await self._generation.run(check_request(request.generate, facts), context, gathered.take, most_tokens=LONGEST)
+        return await self._generation.work(partial(told, gathered, facts))
+
     async def Estimate(self, request: v1.EstimateRequest, context: Context) -> v1.EstimateResponse:
         """Tell what a request would send and cost. What breaks a rule is refused as by the call itself."""
         limits = self._generation.limits()
@@ -107,7 +115,7 @@ class Introspection:
         unbounded.ClearField("max_capture_bytes")
         asked = await self._generation.ask(unbounded, limits=replace(limits, max_capture_bytes=ENDLESS))
         sizes = bytes_of(asked.request, limits)
-        told = v1.EstimateResponse(
+        answer = v1.EstimateResponse(
             bytes=sum(sizes), capture_bytes=sizes, max_bytes=limits.max_capture_bytes,
             open_layers=open_layers(asked.request.captures),
         )  # fmt: skip
@@ -115,8 +123,8 @@ class Introspection:
         try:
             check_budget(sum(sizes), allowed, limits.max_capture_bytes)
         except OverBudget as error:
-            told.refusal = str(error)
-        return told
+            answer.refusal = str(error)
+        return answer
 
 
 def of_the_prompt(request: inference_pb2.GenerateRequest) -> inference_pb2.GenerateRequest:

@@ -9,10 +9,12 @@ from functools import partial
 from typing import TypeVar
 
 from cutaway.v1 import machine_pb2 as v1
+from cutaway.v1 import replay_pb2
 
 from cutaway_server.config import Config
 from cutaway_server.engine.engine import Engine
 from cutaway_server.engine.machine import cache_state, cached_prefix, ledger, requests_state
+from cutaway_server.engine.replay import find_written, replay
 from cutaway_server.engine.stored import find_stored, read_stored
 from cutaway_server.errors import NotFound
 from cutaway_server.scheduler.prefix import digests_of
@@ -28,6 +30,7 @@ from cutaway_server.service.machine_wire import (
     stats_of,
     steps_of,
 )  # fmt: skip
+from cutaway_server.service.replaying import replay_plans, replay_response, replay_wanted
 from cutaway_server.service.status import Context, Loading
 from cutaway_server.service.watching import Looking, Watchers
 from cutaway_server.service.workers import Workers
@@ -69,10 +72,7 @@ class Machine:
     async def ReadCache(self, request: v1.ReadCacheRequest, context: Context) -> None:
         """Stream keys and values."""
         _, served = self._ready()
-        current().request_id = request.request_id[:MAX_NAME]
-        name = full_name(_tenant(), request.request_id)
-        if "/" in request.request_id or not request.request_id:
-            raise NotFound(f"request_id: no request {request.request_id!r} is running, or has ended and is kept")
+        name = _own(request.request_id)
         stored = await self._look(partial(find_stored, name=name, index=request.index))
         reading = reading_of(request, stored, served.facts, self._config.max_capture_bytes)
         await context.write(v1.ReadCacheResponse(read=_read(reading, served)))
@@ -82,6 +82,19 @@ class Machine:
             read = partial(read_stored, of=stored, layer=layer, positions=positions, heads=reading.heads)
             for number, data in enumerate(await self._look(read)):
                 await context.write(v1.ReadCacheResponse(chunk=reading.chunk(number, offset, data)))
+
+    async def ReplaySample(
+        self, request: replay_pb2.ReplaySampleRequest, context: Context
+    ) -> replay_pb2.ReplaySampleResponse:
+        """Sample a token again."""
+        _, served = self._ready()
+        name = _own(request.request_id)
+        wanted = replay_wanted(request, served.facts)
+        find = partial(find_written, name=name, index=request.index, position=request.position)
+        written = await self._look(find)
+        plans = await self._workers.run(partial(replay_plans, wanted, written, served), request.ByteSize())
+        followed = await self._look(partial(replay, written=written, plans=plans))
+        return await self._workers.run(partial(replay_response, wanted, written, plans, followed, served))
 
     async def WatchCache(self, request: v1.WatchCacheRequest, context: Context) -> None:
         """Stream what happens to blocks."""
@@ -111,7 +124,8 @@ class Machine:
         """Look for a prompt in the prefix cache."""
         asked = (await self._generation.ask(request.generate)).request
         pool = await self._look(lambda engine: engine.scheduler.pool)
-        digests = await self._workers.run(partial(digests_of, pool, asked)) if asked.prefix_caching else []
+        hashing = partial(digests_of, pool, asked)
+        digests = await self._workers.run(hashing) if asked.prefix_caching else []
         found = await self._look(cached_prefix(digests))
         n_tokens, size = len(asked.prompt), pool.page_size
         return v1.PredictCacheHitResponse(
@@ -135,6 +149,18 @@ class Machine:
 
 def _tenant() -> str:
     return current().caller.tenant
+
+
+def _own(request_id: str) -> str:
+    """The name by which the engine knows a request of the caller's tenant.
+
+    Raises:
+        NotFound: no request can have that name.
+    """
+    current().request_id = request_id[:MAX_NAME]
+    if "/" in request_id or not request_id:
+        raise NotFound(f"request_id: no request {request_id!r} is running, or has ended and is kept")
+    return full_name(_tenant(), request_id)
 
 
 def _read(reading: Reading, served: Served) -> v1.CacheRead:

@@ -26,7 +26,7 @@ class Quotas:
         Raises:
             QueueFull: as many are in progress as may be.
         """
-        with _held(self._calls, caller.tenant, 1, caller.max_calls, "calls of tenant {} are open"):
+        with _held(self._calls, caller.tenant, 1, caller.max_calls, "calls", "calls of tenant {} are open"):
             yield
 
     @contextmanager
@@ -36,16 +36,17 @@ class Quotas:
         Raises:
             QueueFull: with them the tenant would hold more than it may. Waiting helps if others of its own end.
         """
-        most = caller.max_capture_bytes
-        with _held(self._bytes, caller.tenant, n_bytes, most, "bytes of captures are held for tenant {}"):
+        most, told = caller.max_capture_bytes, "bytes of captures are held for tenant {}"
+        with _held(self._bytes, caller.tenant, n_bytes, most, "captures", told):
             yield
 
 
 @contextmanager
-def _held(held: Counter[str], tenant: str, amount: int, most: int | None, what: str) -> Iterator[None]:
+def _held(held: Counter[str], tenant: str, amount: int, most: int | None, what: str, told: str) -> Iterator[None]:
     if most is not None and held[tenant] + amount > most:
-        told = what.format(repr(tenant))
-        raise QueueFull(f"{held[tenant]} {told}, {amount} more are asked for, and {most} may be", RETRY_AFTER_SECONDS)
+        now = f"{held[tenant]} {told.format(repr(tenant))}"
+        rule = f"{now}, {amount} more are asked for, and {most} may be"
+        raise QueueFull(rule, RETRY_AFTER_SECONDS, what)
     held[tenant] += amount
     try:
         yield

@@ -72,7 +72,7 @@ class Server:
         self._forking = Forking(self._generation)
         self._machine = Machine(self._generation, self._workers, config)
         self._health = Health(("", INFERENCE.full_name, INTROSPECTION.full_name))
-        self.metrics = Metrics(config)
+        self.metrics = Metrics(config, lambda: self._generation.held)
         self._credentials = CredentialStore(config.api_keys) if config.api_keys is not None else None
         self._tls = _tls(config)
         self._audit = AuditLog(config.audit_log) if config.audit_log is not None else None

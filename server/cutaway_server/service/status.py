@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
@@ -97,6 +98,9 @@ def answering(
         try:
             request = _parsed(data, kind) if isinstance(data, bytes) else _each_parsed(data, kind)
             return await handler(request, context)
+        except grpc.aio.InternalError:  # what cannot be sent has no reader any more, though gRPC has not told so yet
+            log.info("%s: the client has left", handler.__name__)
+            raise asyncio.CancelledError from None
         except Exception as error:
             code = status_of(error).code
             if code is grpc.StatusCode.INTERNAL:
@@ -111,7 +115,10 @@ def answering(
 async def abort(context: Context, error: Exception) -> NoReturn:
     """End the call with the status of `error`."""
     status = status_of(error)
-    await context.abort(status.code, status.message, status.trailing)
+    try:
+        await context.abort(status.code, status.message, status.trailing)
+    except grpc.aio.AbortError as aborted:
+        raise aborted from error  # who counts calls asks why
     raise AssertionError("abort raises")
 
 

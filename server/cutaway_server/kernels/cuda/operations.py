@@ -24,6 +24,7 @@ from cutaway_server.kernels.cuda.prefill import prefill_attention
 from cutaway_server.kernels.cuda.qkv import finish_qkv
 from cutaway_server.kernels.cuda.split import split_attention
 from cutaway_server.kernels.cuda.work import CudaPlan, Layout, Splits, tile_work
+from cutaway_server.kernels.patterns import patterns
 from cutaway_server.kernels.plan import Plan, all_frequencies, rotations
 from cutaway_server.kernels.quantized import Quantized
 from cutaway_server.kernels.reading import HeldWeights, WeightReader
@@ -141,6 +142,11 @@ class CudaKernels:
         """Probabilities of selected (row, head) pairs, from the pages and the log-sum-exp: [pairs, longest length]."""
         queries = q.to(self.dtype).float()  # as the attention read them
         return attention.attention_rows(self.config, layer, queries, lse, rows, heads, plan, pages)
+
+    def patterns(self, layer: int, q: Tensor, lse: Tensor | None, plan: Plan, pages: Pages, width: int) -> Tensor:
+        """Probabilities (scores without `lse`) of all rows of a plan for their keys: [heads, T, width]."""
+        queries = q.to(self.dtype).float()  # as the attention read them
+        return patterns(self.config, layer, queries, lse, plan.batch, pages, width)
 
     def attention_output(self, layer: int, z: Tensor, residual: Tensor) -> Tensor:
         """W_O, post-norm, added to the residual."""

@@ -2,6 +2,7 @@
    Each opens one parallel region. */
 #include <omp.h>
 
+#include "attention_rows.h"
 #include "layer.h"
 
 #define JOIN(a, b) a##_##b
@@ -51,6 +52,15 @@ OPERATION(paged_attention)(
     }
     const int64_t threads = threads_for(shape, keys * shape->n_heads * shape->d_head);
     TOGETHER(threads, attend(team, shape, layer, pages, step, q, out, lse));
+}
+
+/* Of every row of a step: probabilities (scores, if `lse` is null) of all its keys, [heads][rows][width]. */
+OPERATION(patterns)(
+    const Shape *shape, const Layer *layer, const Pages *pages, const Step *step, const float *q, const float *lse,
+    float *out, int64_t width) {
+    const Patterns wanted = {.lse = lse, .out = out, .rows = step->rows, .width = width};
+    const int64_t threads = threads_for(shape, step->rows * width * shape->n_heads * shape->d_head);
+    TOGETHER(threads, patterns(team, shape, layer, pages, step, q, &wanted));
 }
 
 static void add_together(

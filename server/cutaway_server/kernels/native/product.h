@@ -33,6 +33,7 @@ static void multiply_tile(
 #if defined(CUTAWAY_AMX)
     tile_bf16(rows, x->step, n, columns, block, w->padded_depth, r == 0, out, before);
 #else
+    (void)before;
     tile_bf16(rows, x->step, n, columns, block, w->padded_depth, out);
 #endif
 }

@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from cutaway_server.service.metrics.cache import CACHE
+from cutaway_server.service.metrics.introspection import CALLS, INSIDE
 from cutaway_server.service.metrics.memory import MEMORY
-from cutaway_server.service.metrics.process import BUILD, SERVICE
+from cutaway_server.service.metrics.process import BUILD, SERVER, Service
 from cutaway_server.service.metrics.requests import REQUESTS
 from cutaway_server.service.metrics.sources import Sources
 from cutaway_server.service.metrics.spec import Spec
 from cutaway_server.service.metrics.tokens import LATENCY, THROUGHPUT
 from cutaway_server.service.metrics.vllm import VLLM
 
-ENGINE: tuple[Spec[Sources], ...] = (*REQUESTS, *THROUGHPUT, *LATENCY, *CACHE, *MEMORY, *BUILD)
+ENGINE: tuple[Spec[Sources], ...] = (*REQUESTS, *THROUGHPUT, *LATENCY, *CACHE, *MEMORY, *INSIDE, *BUILD)
+SERVICE: tuple[Spec[Service], ...] = (*SERVER, *CALLS)
 
 CATALOG: Mapping[str, tuple[Spec[Any], ...]] = {
     "Requests": REQUESTS,
@@ -22,6 +24,7 @@ CATALOG: Mapping[str, tuple[Spec[Any], ...]] = {
     "Latency": LATENCY,
     "KV cache": CACHE,
     "Memory": MEMORY,
-    "Server": (*SERVICE, *BUILD),
+    "Introspection": (*CALLS, *INSIDE),
+    "Server": (*SERVER, *BUILD),
     "vLLM's names": VLLM,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import cast
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
@@ -13,11 +13,11 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from cutaway_server.config import Config
 from cutaway_server.engine.build import EngineFacts
 from cutaway_server.engine.thread import EngineThread
-from cutaway_server.service.metrics.catalog import ENGINE
+from cutaway_server.service.metrics.catalog import ENGINE, SERVICE
 from cutaway_server.service.metrics.collector import SpecCollector
 from cutaway_server.service.metrics.lag import LoopLag
 from cutaway_server.service.metrics.listener import HttpListener
-from cutaway_server.service.metrics.process import SERVICE, Service
+from cutaway_server.service.metrics.process import Service
 from cutaway_server.service.metrics.rpcs import CountedCalls
 from cutaway_server.service.metrics.sources import Sources
 from cutaway_server.service.metrics.vllm import VLLM
@@ -38,12 +38,13 @@ def _plain(registry: CollectorRegistry) -> WSGIApplication:
 class Metrics:
     """Counts calls from the start, and shows an engine once there is one. Belongs to the event loop it is made on."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, capture_bytes: Callable[[], int]) -> None:
+        """`capture_bytes` tells how many bytes of captures are held for requests at work."""
         self._config = config
         self._sources: Sources | None = None
         self._listener: HttpListener | None = None
         self.calls = CountedCalls()
-        self.service = Service(self.calls, LoopLag())
+        self.service = Service(self.calls, LoopLag(), capture_bytes, config.capture_memory)
         self.registry = self._registry()
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -21,6 +21,8 @@ class Service:
 
     calls: CountedCalls
     lag: LoopLag
+    capture_bytes: Callable[[], int]  # held for requests at work
+    capture_memory: int  # the most that may be
     ready: bool = False
 
 
@@ -38,7 +40,7 @@ def _build(s: Sources) -> Mapping[str, str]:
 
 BUILD: tuple[Spec[Sources], ...] = (info("cutaway_build_info", "What serves, and how it computes.", _build),)
 
-SERVICE: tuple[Spec[Service], ...] = (
+SERVER: tuple[Spec[Service], ...] = (
     gauge(
         "cutaway_ready", "", "1 while the server takes requests; 0 while it loads or drains, or has failed.",
         lambda s: int(s.ready),

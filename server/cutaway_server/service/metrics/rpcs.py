@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 
+from cutaway_server.service.caller import current
+from cutaway_server.service.metrics.inspections import RPCS, STREAMED, Inspections, kind_of
 from cutaway_server.service.status import Context
 
 REQUEST = "/cutaway.v1.Inference/Generate"  # what a request is
 STREAMS = (
     REQUEST,
+    *STREAMED,
     "/grpc.health.v1.Health/Watch",
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
@@ -33,20 +36,23 @@ class CountedCalls(Interceptor):
     def __init__(self) -> None:
         self.open = dict.fromkeys(STREAMS, 0)  # by method
         self.failed = {code.name: 0 for code in FAILURES}
+        self.inspections = Inspections()
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
     ) -> Handler:
-        """The handler, counted if it is one of a stream."""
+        """The handler, counted if it is one of a stream, or of Introspection."""
         handler = await continuation(details)
-        if handler is None or details.method not in self.open:
+        if handler is None:
             return handler
-        making = (handler.request_deserializer, handler.response_serializer)
-        if handler.request_streaming:
-            counted = self._counted(details.method, cast(Behaviour, handler.stream_stream))
-            return grpc.stream_stream_rpc_method_handler(cast(Any, counted), *making)
-        counted = self._counted(details.method, cast(Behaviour, handler.unary_stream))
-        return grpc.unary_stream_rpc_method_handler(cast(Any, counted), *making)
+        if details.method in RPCS:
+            handler = self.inspections.counted(handler, RPCS[details.method])
+        if details.method not in self.open:
+            return handler
+        kind = kind_of(handler)
+        counted = self._counted(details.method, cast(Behaviour, getattr(handler, kind)))
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        return cast("Handler", make(counted, handler.request_deserializer, handler.response_serializer))
 
     def _counted(self, method: str, behaviour: Behaviour) -> Behaviour:
         async def counted(request: Any, context: Context) -> Any:
@@ -58,10 +64,11 @@ class CountedCalls(Interceptor):
                 if method == REQUEST and remaining is not None and remaining <= DEADLINE_TOLERANCE:
                     self.failed[grpc.StatusCode.DEADLINE_EXCEEDED.name] += 1
                 raise
-            except grpc.aio.AbortError:
-                code = context.code()
+            except grpc.aio.AbortError as aborted:
                 if method == REQUEST:
-                    self.failed[_name(code)] += 1
+                    self.failed[_name(context.code())] += 1
+                    if current().looks_inside:
+                        self.inspections.refuse(aborted.__cause__)
                 raise
             finally:
                 self.open[method] -= 1
