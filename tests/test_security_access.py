@@ -58,6 +58,8 @@ LOOKERS_MAY = {
         "SelfCheck",
         "Estimate",
         "Attribution",
+        "PutRun",
+        "Sweep",
         "ReadCache",
         "ReplaySample",
     )

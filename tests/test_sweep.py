@@ -164,7 +164,7 @@ def test_sweeps_leave_nothing_behind_and_neighbours_as_they_are(served: SimpleNa
     mine, theirs = ([token.logprob for token in answer.completions[0].tokens] for answer in (alone, beside))
     assert mine == theirs
     assert eventually(served.live.is_clean)
-    assert served.live.server._generation._held == 0
+    assert served.live.server._generation.held == 0
 
 
 def test_a_sweep_asks_for_both_scopes(tmp_path: Any) -> None:
@@ -175,7 +175,7 @@ def test_a_sweep_asks_for_both_scopes(tmp_path: Any) -> None:
         with Client(live.address, api_key=keys["i"]) as client, pytest.raises(PermissionDenied, match="scope edit"):
             client.sweep(CLEAN, **ask)
         with Client(live.address, api_key=keys["b"]) as client:
-            assert np.isfinite(client.sweep(CLEAN, **ask).effects).all()
+            assert np.isfinite(client.sweep(CLEAN, **ask).effects.values).all()
 
 
 async def test_the_asynchronous_client_sweeps_too(served: SimpleNamespace) -> None:
@@ -186,3 +186,21 @@ async def test_the_asynchronous_client_sweeps_too(served: SimpleNamespace) -> No
         with pytest.raises(InvalidArgument):
             await client.sweep(CLEAN, CORRUPT, point="resid_pre.*", metric=Logit(512))
     assert np.array_equal(mine.effects, theirs.effects)
+
+
+@pytest.mark.slow
+def test_the_residual_of_the_country_decides_the_capital_of_a_real_model(smollm2_gguf: Any) -> None:
+    clean, corrupt = "The capital of France is", "The capital of Italy is"
+    with serving(smollm2_gguf, dtype="bfloat16", kv_cache_memory=2**28) as live, Client(live.address) as client:
+        capital = LogitDifference(" Paris", " Rome")
+        result = client.sweep(clean, corrupt, point="hook_resid_pre", metric=capital)
+        told = client.attribution(clean, target=" Paris", minus=" Rome")
+        served = client.trace(clean, points=["logits"], positions="last")["logits"].values[0]
+        ids = [client.tokenize(text, add_special_tokens=False).ids[0] for text in (" Paris", " Rome")]
+    assert result.unchanged < 0 < result.clean
+    assert result.effects.values[0, 3] == pytest.approx(result.clean, abs=0.2), "patched at the country, early"
+    assert result.effects.values[29, 4] == pytest.approx(result.clean, abs=0.2), "and at the end, late"
+    assert result.effects.values[0, 4] == pytest.approx(result.unchanged, abs=0.2)
+    assert float(told.logit.values[0]) == pytest.approx(served[ids[0]] - served[ids[1]], abs=0.02)
+    whole = told.embed.values + told.norm_bias.values + told.attn.values.sum(0) + told.mlp.values.sum(0)
+    assert float(whole[0]) == pytest.approx(float(told.logit.values[0]), abs=1e-3)
