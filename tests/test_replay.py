@@ -342,6 +342,10 @@ def test_sampling_is_followed_and_not_done_a_second_way() -> None:
         assert followed.valid
         assert followed.token == together[i]
         assert stages.removed_by(followed.token) == ""
+        for count in (0, 1, 7, VOCAB, VOCAB + 1):
+            top = stages.top(count)
+            assert top == np.argsort(-stages.adjusted, kind="stable")[:count].tolist()
+            assert [stages.rank(token) for token in top[:7]] == list(range(len(top[:7])))
         share = stages.share(followed.token)
         if share is not None and stages.uniform is not None:
             assert share[0] - 1e-6 <= stages.uniform < share[1] + 1e-6

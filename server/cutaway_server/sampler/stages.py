@@ -83,7 +83,12 @@ class Stages:
 
     def top(self, count: int) -> list[int]:
         """So many of the likeliest tokens by the adjusted logits, likeliest first, lower ids among equals."""
-        found: list[int] = np.argsort(-self.adjusted, kind="stable")[:count].tolist()
+        count = min(count, len(self.adjusted))
+        if count == 0:
+            return []
+        least = np.partition(self.adjusted, -count)[-count]
+        likely = np.flatnonzero(self.adjusted >= least)
+        found: list[int] = likely[np.argsort(-self.adjusted[likely], kind="stable")][:count].tolist()
         return found
 
     def share(self, token: int) -> tuple[float, float] | None:

@@ -50,5 +50,5 @@ def _unchanged(x):
     return x
 
 
-# A loop's bound. The interpreter of Triton 3.6 makes integers of arrays with one element, which numpy 2.4 refuses.
+# A loop's bound. The interpreter of Triton makes integers of arrays with one element, which numpy 2.4 refuses.
 bound = _as_int if interpreting() else _unchanged
