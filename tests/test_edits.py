@@ -470,4 +470,4 @@ def test_fuzzed_requests_are_answered_or_refused_and_leave_nothing_behind(served
     again = served.client.complete(token_ids=IDS, max_tokens=2, temperature=0, ignore_eos=True).token_ids
     assert again == plain
     assert served.live.is_clean() or eventually(served.live.is_clean)
-    assert served.live.server._generation._held == 0
+    assert served.live.server._generation.held == 0
