@@ -92,10 +92,10 @@ def test_the_asynchronous_client_has_the_same_calls() -> None:
 
     assert calls(Client) == calls(AsyncClient)
     assert set(calls(Client)) == {
-        "abort", "attention", "close", "complete", "detokenize", "estimate", "generate", "health", "hidden_states",
-        "list_points", "logit_lens", "model", "self_check", "tokenize", "trace",
+        "abort", "attention", "attribution", "close", "complete", "detokenize", "estimate", "features", "fork",
+        "generate", "health", "hidden_states", "list_points", "logit_lens", "model", "self_check", "tokenize", "trace",
         "blocks", "cache_stats", "predict_cache_hit", "read_cache", "replay_sample", "requests", "watch_cache",
-        "watch_steps",
+        "watch_steps", "delete_vectors", "list_vectors", "put_run", "put_vectors", "nearest_tokens", "sweep", "weights",
     }  # fmt: skip
     assert inspect.signature(Client) == inspect.signature(AsyncClient)
 

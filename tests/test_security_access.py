@@ -57,6 +57,7 @@ LOOKERS_MAY = {
         "LogitLens",
         "SelfCheck",
         "Estimate",
+        "Attribution",
         "ReadCache",
         "ReplaySample",
     )
@@ -68,6 +69,9 @@ MAY = {
     **dict.fromkeys(OBSERVERS_MAY, ("observe",)),
     INTROSPECTION + "PredictCacheHit": ("generate", "observe"),
     **dict.fromkeys(LOOKERS_MAY, ("introspect",)),
+    INTROSPECTION + "Fork": ("generate",),
+    **{INTROSPECTION + name: ("weights",) for name in ("GetWeights", "GetNearestTokens")},
+    **{INTROSPECTION + name: ("edit", "introspect") for name in ("PutVectors", "ListVectors", "DeleteVectors")},
 }
 METHODS_BY_HAND = sorted(MAY)
 

@@ -42,6 +42,7 @@ from cutaway.replay import Replay, SampleCandidate, SampleFilter, SampleReplay
 from cutaway.results import (
     Answer,
     Architecture,
+    AttributionResult,
     Completion,
     Detokenized,
     Estimate,
@@ -64,6 +65,7 @@ from cutaway.results import (
     Usage,
     WordMerges,
 )
+from cutaway.stored import Sae, Stored, StoredFile, StoredFiles
 
 if TYPE_CHECKING:
     from cutaway.aio import AsyncClient, AsyncStream
@@ -73,6 +75,8 @@ if TYPE_CHECKING:
     from cutaway.edit import Edit
     from cutaway.machine_aio import AsyncWatch
     from cutaway.machine_calls import Watch
+    from cutaway.sweeping import Divergence, Logit, LogitDifference, Probability, SweepResult
+    from cutaway.weighing import NearestTokens, ScoredToken
 
 __all__ = [
     "AlreadyExists",
@@ -83,6 +87,7 @@ __all__ = [
     "AsyncClient",
     "AsyncStream",
     "AsyncWatch",
+    "AttributionResult",
     "Block",
     "BlockEvent",
     "BlockHolder",
@@ -98,6 +103,7 @@ __all__ = [
     "CutawayError",
     "DeadlineExceeded",
     "Detokenized",
+    "Divergence",
     "Edit",
     "Estimate",
     "FailedPrecondition",
@@ -108,29 +114,39 @@ __all__ = [
     "InvalidArgument",
     "LensResult",
     "Limits",
+    "Logit",
+    "LogitDifference",
     "Merge",
     "Message",
     "Model",
+    "NearestTokens",
     "NotFound",
     "PermissionDenied",
     "Point",
+    "Probability",
     "PromptToken",
     "QueueFull",
     "Replay",
     "RequestInfo",
     "Requests",
     "ResourceExhausted",
+    "Sae",
     "SampleCandidate",
     "SampleFilter",
     "SampleReplay",
     "Sampling",
+    "ScoredToken",
     "SelfCheck",
     "ServerError",
     "Started",
     "Step",
     "StepRows",
     "StepToken",
+    "Stored",
+    "StoredFile",
+    "StoredFiles",
     "Stream",
+    "SweepResult",
     "TextInfo",
     "Timings",
     "Token",
@@ -163,6 +179,14 @@ def __getattr__(name: str) -> object:
         from cutaway import machine_aio
 
         return machine_aio.AsyncWatch
+    if name in ("Divergence", "Logit", "LogitDifference", "Probability", "SweepResult"):
+        from cutaway import sweeping
+
+        return getattr(sweeping, name)
+    if name in ("NearestTokens", "ScoredToken"):
+        from cutaway import weighing
+
+        return getattr(weighing, name)
     if name in ("Array", "Arrays"):
         from cutaway import arrays
 

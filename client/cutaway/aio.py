@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
@@ -17,15 +17,18 @@ from cutaway.aio_inspecting import AsyncInspecting
 from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, check_address, seconds
 from cutaway.client import HEALTH_CHECK
 from cutaway.errors import Cancelled
+from cutaway.keeping import AsyncKeeping
 from cutaway.machine_aio import AsyncMachineCalls
 from cutaway.options import GenerateOptions, TokenizeOptions
 from cutaway.results import Answer, Detokenized, Health, Model, Token, Tokenized
 from cutaway.security import File, security
 from cutaway.status import error_of
+from cutaway.sweeping import AsyncSweeping
 from cutaway.transcript import Transcript
 from cutaway.v1 import inference_pb2 as pb
 from cutaway.v1.inference_pb2_grpc import InferenceStub
 from cutaway.v1.introspection_pb2_grpc import IntrospectionStub
+from cutaway.weighing import AsyncWeighing
 
 if TYPE_CHECKING:
     from cutaway.transcript import Response
@@ -139,6 +142,32 @@ class AsyncCalls:
         """The answer to a call."""
         return await self._client._ask(method, request, timeout)
 
+    async def send(
+        self, method: grpc.aio.StreamUnaryMultiCallable[Asked, Told], messages: Iterator[Asked], timeout: float | None
+    ) -> Told:
+        """The answer to a stream of messages."""
+        client = self._client
+        try:
+            return await method(messages, timeout=client._seconds(timeout), metadata=client._security.metadata)
+        except grpc.RpcError as error:
+            raise error_of(error, client.address) from error
+        except asyncio.CancelledError as error:
+            raise_unless_cancelled(error)
+            raise
+
+    async def each(
+        self, method: grpc.aio.UnaryStreamMultiCallable[Asked, Told], request: Asked, timeout: float | None
+    ) -> AsyncIterator[Told]:
+        """The messages of a stream that is no request's."""
+        client = self._client
+        try:
+            async for message in method(request, timeout=client._seconds(timeout), metadata=client._security.metadata):
+                yield message
+        except grpc.RpcError as error:
+            raise error_of(error, client.address) from error
+        except asyncio.CancelledError as error:
+            raise_unless_cancelled(error)
+
     async def read(
         self, method: grpc.aio.UnaryStreamMultiCallable[Asked, Streamed], request: Asked, timeout: float | None
     ) -> AsyncStream:
@@ -151,7 +180,7 @@ class AsyncCalls:
         return stream
 
 
-class AsyncClient(AsyncInspecting, AsyncMachineCalls):
+class AsyncClient(AsyncInspecting, AsyncKeeping, AsyncSweeping, AsyncWeighing, AsyncMachineCalls):
     """A connection to one server, for one event loop; `async with AsyncClient(...) as client`. See `Client`."""
 
     def __init__(
@@ -180,6 +209,16 @@ class AsyncClient(AsyncInspecting, AsyncMachineCalls):
             request, timeout=self._seconds(options.get("timeout")), metadata=self._security.metadata
         )
         return AsyncStream(call, request.request_id, self.address)
+
+    def fork(
+        self, request_id: str, /, *, at: int | None = None, index: int = 0, **options: Unpack[GenerateOptions]
+    ) -> AsyncStream:
+        """Continue a completion that runs, or has ended and is kept, after the first `at` tokens (default: all)."""
+        request = requests.fork_request(request_id, at, index, options)
+        call = self._calls.introspection.Fork(
+            request, timeout=self._seconds(options.get("timeout")), metadata=self._security.metadata
+        )
+        return AsyncStream(call, request.generate.request_id, self.address)
 
     async def complete(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Answer:
         """Wait for the completions of a prompt, of `token_ids=` or of `messages=`."""

@@ -7,8 +7,16 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar, Unpack, overload
 
 from cutaway import looking
-from cutaway.looking import AttentionOptions, HiddenStatesOptions, LensOptions, Prompt, TraceOptions
-from cutaway.results import Estimate, LensResult, Point, SelfCheck
+from cutaway.looking import (
+    AttentionOptions,
+    AttributionOptions,
+    FeatureOptions,
+    HiddenStatesOptions,
+    LensOptions,
+    Prompt,
+    TraceOptions,
+)
+from cutaway.results import AttributionResult, Estimate, LensResult, Point, SelfCheck
 from cutaway.v1 import introspection_pb2 as pb
 
 if TYPE_CHECKING:
@@ -128,6 +136,52 @@ class AsyncInspecting:
         """Test on a prompt what must hold of the served model's inner values."""
         request = looking.self_check_request(prompt, timeout)
         return looking.self_check(await self._calls.ask(self._calls.introspection.SelfCheck, request, timeout))
+
+    @overload
+    async def features(
+        self, prompt: Prompt | None = None, *, prompts: None = None, **options: Unpack[FeatureOptions]
+    ) -> Array: ...
+    @overload
+    async def features(self, *, prompts: Sequence[Prompt], **options: Unpack[FeatureOptions]) -> list[Array]: ...
+    async def features(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        prompts: Sequence[Prompt] | None = None,
+        **options: Unpack[FeatureOptions],
+    ) -> Array | list[Array]:
+        """The most active features of a stored sparse autoencoder, [pos, top]; `.indices` says which they are."""
+
+        async def one(prompt: Prompt | None) -> Array:
+            request = looking.features_request(prompt, options)
+            method = self._calls.introspection.Trace
+            return looking.features(await self._calls.read(method, request, options.get("timeout")))
+
+        return await _each(one, prompt, prompts, options)
+
+    @overload
+    async def attribution(
+        self, prompt: Prompt | None = None, *, prompts: None = None, **options: Unpack[AttributionOptions]
+    ) -> AttributionResult: ...
+    @overload
+    async def attribution(
+        self, *, prompts: Sequence[Prompt], **options: Unpack[AttributionOptions]
+    ) -> list[AttributionResult]: ...
+    async def attribution(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        prompts: Sequence[Prompt] | None = None,
+        **options: Unpack[AttributionOptions],
+    ) -> AttributionResult | list[AttributionResult]:
+        """What each layer, head and neuron adds to the logit of `target`, or to its difference from that of `minus`."""
+
+        async def one(prompt: Prompt | None) -> AttributionResult:
+            request = looking.attribution_request(prompt, options)
+            method = self._calls.introspection.Attribution
+            return looking.attributed(await self._calls.read(method, request, options.get("timeout")))
+
+        return await _each(one, prompt, prompts, options)
 
     async def estimate(self, prompt: Prompt | None = None, **options: Unpack[TraceOptions]) -> Estimate:
         """Tell what a `trace` (or `generate` with these captures) would send, without computing it."""

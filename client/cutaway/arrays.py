@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
+
+from cutaway.safetensors import encoded
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
@@ -188,28 +189,16 @@ def _listed(places: Places) -> str:
     return ", ".join([*named, "..."] if len(places) > 20 else named) or "none"
 
 
-SAFETENSORS = {"float32": "F32", "float16": "F16", "float64": "F64", "int32": "I32", "int64": "I64", "uint8": "U8"}
-
-
 def save_arrays(arrays: Mapping[str, Array], path: str | Path) -> None:
     """Write arrays as one safetensors file: their parts as `name#part`, axes and places as metadata."""
     flat: dict[str, Array] = {}
     for name, array in arrays.items():
         flat[name] = array
         flat |= {f"{name}#{part}": value for part, value in array.parts.items()}
-    header: dict[str, Any] = {"__metadata__": {name: _described(array) for name, array in flat.items()}}
-    offset = 0
-    for name, array in flat.items():
-        size = array.values.nbytes
-        kind = SAFETENSORS[str(array.values.dtype)]
-        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    described = {name: _described(array) for name, array in flat.items()}
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for array in flat.values():
-            file.write(np.ascontiguousarray(array.values).astype(array.values.dtype.newbyteorder("<")).tobytes())
+        for part in encoded({name: array.values for name, array in flat.items()}, described):
+            file.write(part)
 
 
 def _described(array: Array) -> str:

@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 from numpy.typing import ArrayLike
 
 from cutaway.errors import InvalidArgument
+from cutaway.stored import Stored, StoredFile
 from cutaway.v1 import capture_pb2 as pb
 
 Region = Literal["all", "prompt", "generated", "steps", "last"]
@@ -32,10 +33,11 @@ REGIONS = {
 class Capture:
     """Values of one point: `Capture("blocks.*.attn.hook_pattern", top_k=32)`.
 
-    `point` is a name of `list_points`, with a layer's number or "*". At most one reduction may be given.
+    `point` is a name of `list_points`, with a layer's number or "*"; with `sae` it may be left out: the point that the
+    autoencoder was trained on. At most one reduction may be given.
     """
 
-    point: str
+    point: str = ""
     _: KW_ONLY
     layers: Indices = None  # for a point with "*"; default all
     heads: Indices = None  # default all
@@ -46,11 +48,13 @@ class Capture:
     top_k: int | None = None  # only the largest, with where they are and the mass they hold
     pool: int | None = None  # each head's pattern over the prompt as so many times so many cells
     norm: bool = False  # Euclidean norm over the last axis
-    project: ArrayLike | None = None  # scalar products with these vectors
+    project: ArrayLike | Stored | None = None  # scalar products with these vectors
     sum_keys: bool = False  # the sum of a pattern over each span of `keys`
     head_summary: bool = False  # the numbers that SUMMARY names, of each head and query
     lens: int | None = None  # a residual read as predictions: so many of the likeliest tokens
     lens_tokens: Iterable[int] = ()  # and the log-probability and rank of these
+    translators: StoredFile | str | None = None  # a tuned lens for `lens`: a stored file, or its id
+    sae: StoredFile | str | None = None  # a stored autoencoder, or its id: the `top_k` most active features
     after_edits: bool = False  # see the value as the request's own edits of the same point leave it
 
     def message(self) -> pb.Capture:
@@ -67,6 +71,8 @@ class Capture:
         chosen = [name for name in REDUCTIONS if getattr(self, name) is not None and getattr(self, name) is not False]
         if self.lens is None and tuple(self.lens_tokens):
             chosen.append("lens")
+        if self.sae is not None and "top_k" in chosen:
+            chosen.remove("top_k")
         if len(chosen) > 1:
             raise InvalidArgument(f"captures: {self.point!r} has {' and '.join(chosen)}; give at most one")
         for name in chosen:
@@ -80,9 +86,15 @@ class Capture:
             case "pool":
                 made.pool.size = _unsigned("pool", self.pool)
             case "project":
+                if isinstance(self.project, Stored):
+                    made.project.stored.CopyFrom(self.project.message())
+                    return
                 made.project.vectors = np.atleast_2d(np.asarray(self.project, "<f4")).tobytes()
             case "lens":
-                made.lens.CopyFrom(lens(self.lens or 0, self.lens_tokens))
+                made.lens.CopyFrom(lens(self.lens or 0, self.lens_tokens, self.translators))
+            case "sae":
+                made.features.sae = self.sae.id if isinstance(self.sae, StoredFile) else str(self.sae)
+                made.features.top_k = _unsigned("top_k", FEATURES if self.top_k is None else self.top_k)
             case _:
                 getattr(made, name).SetInParent()
 
@@ -90,12 +102,17 @@ class Capture:
 # Places on the axis `summary`: entropy in nats, mass on the first and on the previous token, mass on tokens that have
 # followed earlier occurrences of the query's own (induction), and how far back the mass lies in the mean.
 SUMMARY = ("entropy", "first", "previous", "induction", "distance")
-REDUCTIONS = ("top_k", "pool", "norm", "project", "sum_keys", "head_summary", "lens")
+REDUCTIONS = ("top_k", "pool", "norm", "project", "sum_keys", "head_summary", "lens", "sae")
+FEATURES = 10  # of an autoencoder, if nothing is said
 
 
-def lens(top_k: int, token_ids: Iterable[int]) -> pb.Lens:
+def lens(top_k: int, token_ids: Iterable[int], translators: StoredFile | str | None = None) -> pb.Lens:
     """The wire's lens."""
-    return pb.Lens(top_k=_unsigned("top_k", top_k), token_ids=[_unsigned("lens_tokens", each) for each in token_ids])
+    return pb.Lens(
+        top_k=_unsigned("top_k", top_k),
+        token_ids=[_unsigned("lens_tokens", each) for each in token_ids],
+        translators=translators.id if isinstance(translators, StoredFile) else translators or "",
+    )
 
 
 def put_indices(message: Message, field: str, given: Indices) -> None:

@@ -16,15 +16,18 @@ from cutaway.attempts import Attempts
 from cutaway.channel import DEFAULT_ADDRESS, MAX_RETRIES, channel_options, check_address, seconds
 from cutaway.inspecting import Inspecting
 from cutaway.interrupt import cancelling
+from cutaway.keeping import Keeping
 from cutaway.machine_calls import MachineCalls
 from cutaway.options import GenerateOptions, TokenizeOptions
 from cutaway.results import Answer, Detokenized, Health, Model, Token, Tokenized
 from cutaway.security import File, security
 from cutaway.status import error_of
+from cutaway.sweeping import Sweeping
 from cutaway.transcript import Transcript
 from cutaway.v1 import inference_pb2 as pb
 from cutaway.v1.inference_pb2_grpc import InferenceStub
 from cutaway.v1.introspection_pb2_grpc import IntrospectionStub
+from cutaway.weighing import Weighing
 
 if TYPE_CHECKING:
     from cutaway.attempts import Call
@@ -112,6 +115,28 @@ class Calls:
         self.tokenize = client.tokenize
         self.detokenize = client.detokenize
 
+    def send(
+        self, method: grpc.StreamUnaryMultiCallable[Asked, Told], messages: Iterator[Asked], timeout: float | None
+    ) -> Told:
+        """The answer to a stream of messages."""
+        client = self._client
+        client._check_open()
+        try:
+            return method(messages, timeout=client._seconds(timeout), metadata=client._metadata)
+        except grpc.RpcError as error:
+            raise error_of(error, client.address) from error
+
+    def each(
+        self, method: grpc.UnaryStreamMultiCallable[Asked, Told], request: Asked, timeout: float | None
+    ) -> Iterator[Told]:
+        """The messages of a stream that is no request's."""
+        client = self._client
+        client._check_open()
+        try:
+            yield from method(request, timeout=client._seconds(timeout), metadata=client._metadata)
+        except grpc.RpcError as error:
+            raise error_of(error, client.address) from error
+
     def read(
         self, method: grpc.UnaryStreamMultiCallable[Asked, Streamed], request: Asked, timeout: float | None
     ) -> Transcript:
@@ -129,7 +154,7 @@ class Calls:
         return stream
 
 
-class Client(Inspecting, MachineCalls):
+class Client(Inspecting, Keeping, Sweeping, Weighing, MachineCalls):
     """A connection to one server: `Client("127.0.0.1:50051")`. Close it, or use it in a `with` block.
 
     `api_key` says who you are; it is sent over TLS, or within this machine. `tls=True` speaks TLS and trusts the usual
@@ -171,6 +196,22 @@ class Client(Inspecting, MachineCalls):
         request = requests.generate_request(prompt, options)
         attempts = Attempts(partial(self._begin, request), self._seconds(options.get("timeout")), self._retries)
         return Stream(attempts, request.request_id, self.address)
+
+    def fork(
+        self, request_id: str, /, *, at: int | None = None, index: int = 0, **options: Unpack[GenerateOptions]
+    ) -> Stream:
+        """Continue a completion that runs, or has ended and is kept, after the first `at` tokens (default: all).
+
+        The keyword `request_id` names the new request. Edits of the request forked go on, unless others are given.
+        """
+        request = requests.fork_request(request_id, at, index, options)
+
+        def begin(timeout: float | None) -> Call:
+            self._check_open()
+            return self._calls.introspection.Fork(request, timeout=timeout, metadata=self._metadata)
+
+        attempts = Attempts(begin, self._seconds(options.get("timeout")), self._retries)
+        return Stream(attempts, request.generate.request_id, self.address)
 
     def complete(self, prompt: str | None = None, **options: Unpack[GenerateOptions]) -> Answer:
         """Wait for the completions of a prompt, of `token_ids=` or of `messages=`."""

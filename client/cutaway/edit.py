@@ -10,7 +10,10 @@ from numpy.typing import ArrayLike
 
 from cutaway.capture import Indices, Positions, positions, put_indices, spans
 from cutaway.errors import InvalidArgument
+from cutaway.stored import Stored, StoredFile
 from cutaway.v1 import edit_pb2 as pb
+
+Vectors = ArrayLike | Stored  # numbers, or where the server has them
 
 
 class Where(TypedDict, total=False):
@@ -39,10 +42,11 @@ class Edit:
         return self._message
 
     @classmethod
-    def add(cls, point: str, vector: ArrayLike, scale: float = 1.0, **where: Unpack[Where]) -> Edit:
+    def add(cls, point: str, vector: Vectors, scale: float = 1.0, **where: Unpack[Where]) -> Edit:
         """Add scale * vector: for all heads alike, or [heads, d_head]."""
         made = _at(point, where)
-        made.add.vector, made.add.scale = _bytes(vector), scale
+        _put(made.add, "vector", vector)
+        made.add.scale = scale
         return cls(made)
 
     @classmethod
@@ -60,24 +64,39 @@ class Edit:
         return cls(made)
 
     @classmethod
-    def set(cls, point: str, values: ArrayLike, **where: Unpack[Where]) -> Edit:
-        """Set to values: one vector, or one for each head, or [rows, (heads,) elements] of the rows selected."""
+    def set(
+        cls,
+        point: str,
+        values: Vectors | StoredFile,
+        *,
+        from_positions: Iterable[int] = (),
+        **where: Unpack[Where],
+    ) -> Edit:
+        """Set to values: one vector, or one for each head, or [rows, (heads,) elements] of the rows selected.
+
+        Of a stored run: to the values that the same point and layer had there, at the same positions or, for the
+        selected rows in order, at `from_positions`.
+        """
         made = _at(point, where)
-        made.set.values = _bytes(values)
+        if isinstance(values, StoredFile):
+            made.set.run.id = values.id
+            made.set.run.positions.extend(from_positions)
+            return cls(made)
+        _put(made.set, "values", values)
         return cls(made)
 
     @classmethod
-    def project_out(cls, point: str, directions: ArrayLike, **where: Unpack[Where]) -> Edit:
+    def project_out(cls, point: str, directions: Vectors, **where: Unpack[Where]) -> Edit:
         """Take out the components along one or several directions."""
         made = _at(point, where)
-        made.project_out.directions = _bytes(directions)
+        _put(made.project_out, "directions", directions)
         return cls(made)
 
     @classmethod
     def clamp(
         cls,
         point: str,
-        direction: ArrayLike,
+        direction: Vectors,
         *,
         min: float | None = None,  # noqa: A002  (as numpy.clip calls it)
         max: float | None = None,  # noqa: A002
@@ -85,7 +104,7 @@ class Edit:
     ) -> Edit:
         """Keep the component along a direction (whose length does not matter) within bounds."""
         made = _at(point, where)
-        made.clamp.direction = _bytes(direction)
+        _put(made.clamp, "direction", direction)
         if min is not None:
             made.clamp.min = min
         if max is not None:
@@ -141,5 +160,9 @@ def _put_positions(made: pb.Edit, given: Positions) -> None:
         made.positions.CopyFrom(positions(given))
 
 
-def _bytes(values: ArrayLike) -> bytes:
-    return np.ascontiguousarray(values, "<f4").tobytes()
+def _put(change: pb.Add | pb.Set | pb.ProjectOut | pb.Clamp, field: str, values: Vectors) -> None:
+    """Numbers, or the name of where the server has them."""
+    if isinstance(values, Stored):
+        change.stored.CopyFrom(values.message())
+    else:
+        setattr(change, field, np.ascontiguousarray(values, "<f4").tobytes())

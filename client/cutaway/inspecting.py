@@ -7,8 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar, Unpack, overload
 
 from cutaway import looking
-from cutaway.looking import AttentionOptions, HiddenStatesOptions, LensOptions, Prompt, TraceOptions
-from cutaway.results import Estimate, LensResult, Point, SelfCheck
+from cutaway.looking import (
+    AttentionOptions,
+    AttributionOptions,
+    FeatureOptions,
+    HiddenStatesOptions,
+    LensOptions,
+    Prompt,
+    TraceOptions,
+)
+from cutaway.results import AttributionResult, Estimate, LensResult, Point, SelfCheck
 from cutaway.v1 import introspection_pb2 as pb
 
 if TYPE_CHECKING:
@@ -122,6 +130,52 @@ class Inspecting:
         """Test on a prompt what must hold of the served model's inner values."""
         request = looking.self_check_request(prompt, timeout)
         return looking.self_check(self._calls.ask(self._calls.introspection.SelfCheck, request, timeout))
+
+    @overload
+    def features(
+        self, prompt: Prompt | None = None, *, prompts: None = None, **options: Unpack[FeatureOptions]
+    ) -> Array: ...
+    @overload
+    def features(self, *, prompts: Sequence[Prompt], **options: Unpack[FeatureOptions]) -> list[Array]: ...
+    def features(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        prompts: Sequence[Prompt] | None = None,
+        **options: Unpack[FeatureOptions],
+    ) -> Array | list[Array]:
+        """The most active features of a stored sparse autoencoder, [pos, top]; `.indices` says which they are."""
+
+        def one(prompt: Prompt | None) -> Array:
+            request = looking.features_request(prompt, options)
+            method = self._calls.introspection.Trace
+            return looking.features(self._calls.read(method, request, options.get("timeout")))
+
+        return _each(one, prompt, prompts, options)
+
+    @overload
+    def attribution(
+        self, prompt: Prompt | None = None, *, prompts: None = None, **options: Unpack[AttributionOptions]
+    ) -> AttributionResult: ...
+    @overload
+    def attribution(
+        self, *, prompts: Sequence[Prompt], **options: Unpack[AttributionOptions]
+    ) -> list[AttributionResult]: ...
+    def attribution(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        prompts: Sequence[Prompt] | None = None,
+        **options: Unpack[AttributionOptions],
+    ) -> AttributionResult | list[AttributionResult]:
+        """What each layer, head and neuron adds to the logit of `target`, or to its difference from that of `minus`."""
+
+        def one(prompt: Prompt | None) -> AttributionResult:
+            request = looking.attribution_request(prompt, options)
+            method = self._calls.introspection.Attribution
+            return looking.attributed(self._calls.read(method, request, options.get("timeout")))
+
+        return _each(one, prompt, prompts, options)
 
     def estimate(self, prompt: Prompt | None = None, **options: Unpack[TraceOptions]) -> Estimate:
         """Tell what a `trace` (or `generate` with these captures) would send, without computing it."""

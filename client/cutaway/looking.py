@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, TypedDict, cast
 from cutaway import requests
 from cutaway.errors import InvalidArgument
 from cutaway.options import GenerateOptions, Message
-from cutaway.results import Estimate, Identity, LensResult, Point, SelfCheck
-from cutaway.v1 import inference_pb2, introspection_pb2
+from cutaway.results import AttributionResult, Estimate, Identity, LensResult, Point, SelfCheck
+from cutaway.v1 import inference_pb2, introspection_pb2, sweep_pb2
 
 if TYPE_CHECKING:
     from cutaway.arrays import Array, Arrays
     from cutaway.capture import Indices, Positions, Spans
     from cutaway.edit import Edit
+    from cutaway.stored import StoredFile
     from cutaway.transcript import Transcript
 
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -61,6 +62,25 @@ class LensOptions(PromptOptions, total=False):
     positions: Positions  # default "all"
     top_k: int  # likeliest tokens. Default 5
     tokens: Iterable[int | str]  # ids, or texts of one token, whose log-probability and rank to tell. Default none
+    translators: StoredFile | str | None  # a tuned lens: a stored file, or its id. Default none
+
+
+class FeatureOptions(PromptOptions, total=False):
+    """All keywords of `features`."""
+
+    sae: StoredFile | str  # a stored autoencoder, or its id; must be given
+    point: str  # what it reads. Default: what it was trained on
+    positions: Positions  # default "all"
+    top_k: int  # most active features. Default 10
+
+
+class AttributionOptions(PromptOptions, total=False):
+    """All keywords of `attribution`. A token is an id, or a text that is one token: " Paris"."""
+
+    target: int | str  # the token whose logit is taken apart; must be given
+    minus: int | str | None  # the token whose logit is taken away from it. Default none
+    positions: Positions  # rows that predict. Default "last"
+    neurons: int  # so many of each layer: those that add or take most. Default 10
 
 
 class TraceOptions(GenerateOptions, total=False):
@@ -160,10 +180,55 @@ def lens_request(prompt: Prompt | None, options: LensOptions) -> introspection_p
     request = introspection_pb2.LogitLensRequest(
         generate=generate_of(prompt, options),
         positions=positions(options.get("positions", "all")),
-        lens=lens(options.get("top_k", 5), cast("Iterable[int]", options.get("tokens", ()))),
+        lens=lens(
+            options.get("top_k", 5), cast("Iterable[int]", options.get("tokens", ())), options.get("translators")
+        ),
     )
     put_indices(request, "layers", options.get("layers"))
     return request
+
+
+def features_request(prompt: Prompt | None, options: FeatureOptions) -> introspection_pb2.TraceRequest:
+    """The wire's request."""
+    from cutaway.capture import Capture
+
+    requests.refuse_unknown("features", options.keys(), FeatureOptions.__annotations__)
+    if (sae := options.get("sae")) is None:
+        raise InvalidArgument("sae: name the autoencoder whose features are to be told")
+    capture = Capture(
+        options.get("point", ""), positions=options.get("positions", "all"), sae=sae, top_k=options.get("top_k")
+    )
+    return introspection_pb2.TraceRequest(generate=generate_of(prompt, {**options, "captures": [capture]}))
+
+
+def attribution_request(prompt: Prompt | None, options: AttributionOptions) -> introspection_pb2.AttributionRequest:
+    """The wire's request."""
+    from cutaway.capture import positions
+
+    requests.refuse_unknown("attribution", options.keys(), AttributionOptions.__annotations__)
+    if (target := options.get("target")) is None:
+        raise InvalidArgument("target: name the token whose logit is to be taken apart")
+    request = introspection_pb2.AttributionRequest(
+        generate=generate_of(prompt, options), target=token_choice(target, "target"),
+        positions=positions(options.get("positions", "last")),
+    )  # fmt: skip
+    requests.put(request, "neurons", options.get("neurons", 10))
+    if (minus := options.get("minus")) is not None:
+        request.minus.CopyFrom(token_choice(minus, "minus"))
+    return request
+
+
+def token_choice(token: int | str, field: str) -> sweep_pb2.TokenChoice:
+    """The wire's token."""
+    made = sweep_pb2.TokenChoice()
+    try:
+        if isinstance(token, str):
+            made.text = token
+        else:
+            made.id = token
+    except ValueError as error:
+        raise InvalidArgument(f"{field}: {token!r} cannot be sent: {error}") from error
+    return made
 
 
 def estimate_request(prompt: Prompt | None, options: TraceOptions) -> introspection_pb2.EstimateRequest:
@@ -193,10 +258,22 @@ def attention(transcript: Transcript) -> Array:
     return next(iter(transcript.captures.values()))
 
 
+def features(transcript: Transcript) -> Array:
+    """[pos, top], or with "*" as the point's layer [layer, pos, top]; `active` [pos] is a part."""
+    return next(iter(transcript.captures.values()))
+
+
 def lens_result(transcript: Transcript) -> LensResult:
     """What each layer's residual predicts."""
     parts = hidden_states(transcript).parts
     return LensResult(*(parts.get(name) for name in ("tokens", "logprobs", "given_logprobs", "given_ranks")))
+
+
+def attributed(transcript: Transcript) -> AttributionResult:
+    """What each part adds."""
+    parts: dict[str, Array | None] = dict.fromkeys(AttributionResult.__dataclass_fields__)
+    parts |= {piece.header.part: piece.array for piece in transcript._pieces if piece.header.part in parts}
+    return AttributionResult(**parts)  # type: ignore[arg-type]
 
 
 def ids_of(lens: LensResult) -> list[int]:

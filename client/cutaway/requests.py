@@ -10,6 +10,7 @@ from google.protobuf.message import Message as WireMessage
 from cutaway.errors import InvalidArgument
 from cutaway.options import GenerateOptions, Message, Sampling, TokenizeOptions
 from cutaway.v1 import inference_pb2 as pb
+from cutaway.v1 import introspection_pb2
 
 if TYPE_CHECKING:
     from cutaway.capture import Capture
@@ -29,17 +30,35 @@ def generate_request(prompt: str | None, options: GenerateOptions) -> pb.Generat
     token_ids, messages = options.get("token_ids"), options.get("messages")
     if sum(given is not None for given in (prompt, token_ids, messages)) != 1:
         raise InvalidArgument("prompt: give exactly one of a prompt, token_ids and messages")
-    request = pb.GenerateRequest(sampling=sampling_params(options))
-    put(request, "request_id", options.get("request_id"))
+    request = pb.GenerateRequest()
     put(request, "text", prompt)
     put_token_ids(request, token_ids)
     put_chat(request, messages, options.get("add_generation_prompt"))
+    put_options(request, options)
+    return request
+
+
+def put_options(request: pb.GenerateRequest, options: GenerateOptions) -> None:
+    """Set all but the prompt."""
+    request.sampling.CopyFrom(sampling_params(options))
+    put(request, "request_id", options.get("request_id"))
     for flag in FLAGS:
         put(request, flag, options.get(flag))
     put_messages(request, "captures", options.get("captures"), "a Capture")
     put_messages(request, "edits", options.get("edits"), "an Edit")
     put(request, "max_capture_bytes", options.get("max_capture_bytes"))
-    return request
+
+
+def fork_request(
+    request_id: str, at: int | None, index: int, options: GenerateOptions
+) -> introspection_pb2.ForkRequest:
+    """The wire's request for the continuation of a completion; raises as `generate_request`."""
+    refuse_unknown("fork", options.keys(), GenerateOptions.__annotations__.keys() - {"token_ids", "messages"})
+    made = introspection_pb2.ForkRequest()
+    for field, value in (("request_id", request_id), ("index", index), ("at", at)):
+        put(made, field, value)
+    put_options(made.generate, options)
+    return made
 
 
 def put_messages(request: pb.GenerateRequest, field: str, given: Iterable[Capture | Edit] | None, what: str) -> None:

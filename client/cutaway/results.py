@@ -348,3 +348,28 @@ class SelfCheck:
     dtype: str
     quantization: str
     prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttributionResult:
+    """What each part of the network adds to a logit before soft-capping, with norms held at the scale they had.
+
+    `embed`, `pos_embed`, `norm_bias`, `unexplained`, and `attn` and `mlp` of all layers add up to `logit`; `heads`,
+    `attn_bias` and `attn_rest` to `attn`; `neurons`, `mlp_bias` and `mlp_rest` to `mlp`. The rests are what the neurons
+    that were not asked for add, and rounding; `unexplained` is that and what edits of the residual stream add.
+    """
+
+    logit: Array  # [pos]
+    embed: Array  # [pos]
+    pos_embed: Array | None  # [pos], where positions are learned
+    norm_bias: Array  # [pos], of the final norm
+    unexplained: Array  # [pos]
+    attn: Array  # [layer, pos]
+    mlp: Array  # [layer, pos]
+    heads: Array  # [layer, pos, head]
+    attn_bias: Array  # [layer, pos]
+    attn_rest: Array  # [layer, pos]
+    neurons: Array | None  # [layer, pos, top], those that add or take most first
+    neuron_indices: Array | None  # which neurons these are
+    mlp_bias: Array | None  # [layer, pos]
+    mlp_rest: Array | None  # [layer, pos]

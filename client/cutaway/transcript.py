@@ -22,6 +22,8 @@ if TYPE_CHECKING:
         | looking.GetHiddenStatesResponse
         | looking.GetAttentionResponse
         | looking.LogitLensResponse
+        | looking.AttributionResponse
+        | looking.ForkResponse
     )
 
 

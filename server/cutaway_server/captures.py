@@ -46,15 +46,55 @@ class HeadSummary:
     """What a head does, in numbers."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Translator:
+    """What a tuned lens does to one layer's residual h: h + h W^T + b. fp32 [d_model, d_model] and [d_model]."""
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+
+
 @dataclass(frozen=True, slots=True)
 class Lens:
-    """A residual through the final norm and the unembedding."""
+    """A residual through the final norm and the unembedding; through its layer's translator before, if it has one."""
 
     top_k: int
     token_ids: tuple[int, ...]
+    translators: tuple[Translator | None, ...] = ()  # for each layer of the capture; empty: none at all
 
 
-Reduction = TopK | Pool | Norm | Project | SumKeys | HeadSummary | Lens
+@dataclass(frozen=True, slots=True, eq=False)
+class Sae:
+    """The encoder of a sparse autoencoder, all fp32.
+
+    x (less `mean` of its own and divided by its deviation, or brought to the norm sqrt(d_in), by `normalize`) less
+    `b_in`, times `w_enc` [d_in, d_sae], plus `b_enc` is h [d_sae]. Features are relu(h); of "jumprelu" where h is above
+    `threshold`; of "topk" the `k` largest of h times `scales`; of "gated" relu(h - b_enc, times exp(r_mag), plus b_mag)
+    where h is above 0.
+    """
+
+    architecture: str
+    hook_name: str
+    normalize: str  # "none", "layer_norm", "constant_norm_rescale"
+    w_enc: NDArray[np.float32]
+    b_enc: NDArray[np.float32]
+    b_in: NDArray[np.float32] | None = None
+    threshold: NDArray[np.float32] | None = None
+    k: int = 0
+    scales: NDArray[np.float32] | None = None
+    r_mag: NDArray[np.float32] | None = None
+    b_mag: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """The most active features of a sparse autoencoder."""
+
+    sae: Sae
+    top_k: int
+
+
+Reduction = TopK | Pool | Norm | Project | SumKeys | HeadSummary | Lens | Features
 Spans = tuple[tuple[int, int], ...]  # [start, stop), ascending, apart
 
 EVERYWHERE = Rows.everywhere()

@@ -168,6 +168,14 @@ class Config(BaseModel):
     capture_memory: Annotated[Bytes, Field(ge=0)] = Field(
         4 * 2**30, description="Bytes of captured values that all requests at work may hold for their readers."
     )
+    vectors: FileName | None = Field(
+        None,
+        description="File or directory of vectors, tuned lenses and SAELens's autoencoders that every tenant may use.",
+    )
+    stored_bytes: Annotated[Bytes, Field(ge=0)] = Field(
+        2**29, description="Bytes that each tenant may put aside on the server (vectors, autoencoders); 0 keeps none."
+    )
+    serve_weights: bool = Field(False, description="Let those who have the scope weights read the model's weights.")
     max_streams: Count = Field(1024, description="Calls open on one connection, at most.")
     max_connections: Count = Field(1024, description="Connections open at the same time, at most.")
     max_connection_age: Annotated[float, Field(ge=1, le=LONGEST_AGE)] | None = Field(

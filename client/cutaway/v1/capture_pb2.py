@@ -22,39 +22,42 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from cutaway.v1 import stored_pb2 as cutaway_dot_v1_dot_stored__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63utaway/v1/capture.proto\x12\ncutaway.v1\"\x8e\x04\n\x07\x43\x61pture\x12\r\n\x05point\x18\x01 \x01(\t\x12#\n\x06layers\x18\x02 \x01(\x0b\x32\x13.cutaway.v1.Indices\x12\"\n\x05heads\x18\x03 \x01(\x0b\x32\x13.cutaway.v1.Indices\x12(\n\tpositions\x18\x04 \x01(\x0b\x32\x15.cutaway.v1.Positions\x12\x1e\n\x04keys\x18\x05 \x03(\x0b\x32\x10.cutaway.v1.Span\x12%\n\x08\x65lements\x18\x06 \x01(\x0b\x32\x13.cutaway.v1.Indices\x12!\n\x05top_k\x18\x07 \x01(\x0b\x32\x10.cutaway.v1.TopKH\x00\x12 \n\x04pool\x18\x08 \x01(\x0b\x32\x10.cutaway.v1.PoolH\x00\x12 \n\x04norm\x18\t \x01(\x0b\x32\x10.cutaway.v1.NormH\x00\x12&\n\x07project\x18\n \x01(\x0b\x32\x13.cutaway.v1.ProjectH\x00\x12\'\n\x08sum_keys\x18\x0b \x01(\x0b\x32\x13.cutaway.v1.SumKeysH\x00\x12/\n\x0chead_summary\x18\x0c \x01(\x0b\x32\x17.cutaway.v1.HeadSummaryH\x00\x12 \n\x04lens\x18\r \x01(\x0b\x32\x10.cutaway.v1.LensH\x00\x12\r\n\x05\x64type\x18\x0e \x01(\t\x12\x13\n\x0b\x61\x66ter_edits\x18\x0f \x01(\x08\x42\x0b\n\treduction\"\x17\n\x07Indices\x12\x0c\n\x04list\x18\x01 \x03(\x12\"#\n\x04Span\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0c\n\x04stop\x18\x02 \x01(\r\"B\n\tPositions\x12\'\n\x05spans\x18\x01 \x03(\x0b\x32\x18.cutaway.v1.PositionSpan\x12\x0c\n\x04list\x18\x02 \x03(\x12\"z\n\x0cPositionSpan\x12\"\n\x06region\x18\x01 \x01(\x0e\x32\x12.cutaway.v1.Region\x12\x12\n\x05start\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x11\n\x04stop\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04step\x18\x04 \x01(\rB\x08\n\x06_startB\x07\n\x05_stop\"\x11\n\x04TopK\x12\t\n\x01k\x18\x01 \x01(\r\"\x14\n\x04Pool\x12\x0c\n\x04size\x18\x01 \x01(\r\"\x06\n\x04Norm\"\x1a\n\x07Project\x12\x0f\n\x07vectors\x18\x01 \x01(\x0c\"\t\n\x07SumKeys\"\r\n\x0bHeadSummary\"(\n\x04Lens\x12\r\n\x05top_k\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r*|\n\x06Region\x12\x16\n\x12REGION_UNSPECIFIED\x10\x00\x12\x0e\n\nREGION_ALL\x10\x01\x12\x11\n\rREGION_PROMPT\x10\x02\x12\x14\n\x10REGION_GENERATED\x10\x03\x12\x10\n\x0cREGION_STEPS\x10\x04\x12\x0f\n\x0bREGION_LAST\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63utaway/v1/capture.proto\x12\ncutaway.v1\x1a\x17\x63utaway/v1/stored.proto\"\xb8\x04\n\x07\x43\x61pture\x12\r\n\x05point\x18\x01 \x01(\t\x12#\n\x06layers\x18\x02 \x01(\x0b\x32\x13.cutaway.v1.Indices\x12\"\n\x05heads\x18\x03 \x01(\x0b\x32\x13.cutaway.v1.Indices\x12(\n\tpositions\x18\x04 \x01(\x0b\x32\x15.cutaway.v1.Positions\x12\x1e\n\x04keys\x18\x05 \x03(\x0b\x32\x10.cutaway.v1.Span\x12%\n\x08\x65lements\x18\x06 \x01(\x0b\x32\x13.cutaway.v1.Indices\x12!\n\x05top_k\x18\x07 \x01(\x0b\x32\x10.cutaway.v1.TopKH\x00\x12 \n\x04pool\x18\x08 \x01(\x0b\x32\x10.cutaway.v1.PoolH\x00\x12 \n\x04norm\x18\t \x01(\x0b\x32\x10.cutaway.v1.NormH\x00\x12&\n\x07project\x18\n \x01(\x0b\x32\x13.cutaway.v1.ProjectH\x00\x12\'\n\x08sum_keys\x18\x0b \x01(\x0b\x32\x13.cutaway.v1.SumKeysH\x00\x12/\n\x0chead_summary\x18\x0c \x01(\x0b\x32\x17.cutaway.v1.HeadSummaryH\x00\x12 \n\x04lens\x18\r \x01(\x0b\x32\x10.cutaway.v1.LensH\x00\x12(\n\x08\x66\x65\x61tures\x18\x10 \x01(\x0b\x32\x14.cutaway.v1.FeaturesH\x00\x12\r\n\x05\x64type\x18\x0e \x01(\t\x12\x13\n\x0b\x61\x66ter_edits\x18\x0f \x01(\x08\x42\x0b\n\treduction\"\x17\n\x07Indices\x12\x0c\n\x04list\x18\x01 \x03(\x12\"#\n\x04Span\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0c\n\x04stop\x18\x02 \x01(\r\"B\n\tPositions\x12\'\n\x05spans\x18\x01 \x03(\x0b\x32\x18.cutaway.v1.PositionSpan\x12\x0c\n\x04list\x18\x02 \x03(\x12\"z\n\x0cPositionSpan\x12\"\n\x06region\x18\x01 \x01(\x0e\x32\x12.cutaway.v1.Region\x12\x12\n\x05start\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x11\n\x04stop\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04step\x18\x04 \x01(\rB\x08\n\x06_startB\x07\n\x05_stop\"\x11\n\x04TopK\x12\t\n\x01k\x18\x01 \x01(\r\"\x14\n\x04Pool\x12\x0c\n\x04size\x18\x01 \x01(\r\"\x06\n\x04Norm\">\n\x07Project\x12\x0f\n\x07vectors\x18\x01 \x01(\x0c\x12\"\n\x06stored\x18\x02 \x01(\x0b\x32\x12.cutaway.v1.Stored\"\t\n\x07SumKeys\"\r\n\x0bHeadSummary\"=\n\x04Lens\x12\r\n\x05top_k\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x13\n\x0btranslators\x18\x03 \x01(\t\"&\n\x08\x46\x65\x61tures\x12\x0b\n\x03sae\x18\x01 \x01(\t\x12\r\n\x05top_k\x18\x02 \x01(\r*|\n\x06Region\x12\x16\n\x12REGION_UNSPECIFIED\x10\x00\x12\x0e\n\nREGION_ALL\x10\x01\x12\x11\n\rREGION_PROMPT\x10\x02\x12\x14\n\x10REGION_GENERATED\x10\x03\x12\x10\n\x0cREGION_STEPS\x10\x04\x12\x0f\n\x0bREGION_LAST\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cutaway.v1.capture_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REGION']._serialized_start=968
-  _globals['_REGION']._serialized_end=1092
-  _globals['_CAPTURE']._serialized_start=41
-  _globals['_CAPTURE']._serialized_end=567
-  _globals['_INDICES']._serialized_start=569
-  _globals['_INDICES']._serialized_end=592
-  _globals['_SPAN']._serialized_start=594
-  _globals['_SPAN']._serialized_end=629
-  _globals['_POSITIONS']._serialized_start=631
-  _globals['_POSITIONS']._serialized_end=697
-  _globals['_POSITIONSPAN']._serialized_start=699
-  _globals['_POSITIONSPAN']._serialized_end=821
-  _globals['_TOPK']._serialized_start=823
-  _globals['_TOPK']._serialized_end=840
-  _globals['_POOL']._serialized_start=842
-  _globals['_POOL']._serialized_end=862
-  _globals['_NORM']._serialized_start=864
-  _globals['_NORM']._serialized_end=870
-  _globals['_PROJECT']._serialized_start=872
-  _globals['_PROJECT']._serialized_end=898
-  _globals['_SUMKEYS']._serialized_start=900
-  _globals['_SUMKEYS']._serialized_end=909
-  _globals['_HEADSUMMARY']._serialized_start=911
-  _globals['_HEADSUMMARY']._serialized_end=924
-  _globals['_LENS']._serialized_start=926
-  _globals['_LENS']._serialized_end=966
+  _globals['_REGION']._serialized_start=1132
+  _globals['_REGION']._serialized_end=1256
+  _globals['_CAPTURE']._serialized_start=66
+  _globals['_CAPTURE']._serialized_end=634
+  _globals['_INDICES']._serialized_start=636
+  _globals['_INDICES']._serialized_end=659
+  _globals['_SPAN']._serialized_start=661
+  _globals['_SPAN']._serialized_end=696
+  _globals['_POSITIONS']._serialized_start=698
+  _globals['_POSITIONS']._serialized_end=764
+  _globals['_POSITIONSPAN']._serialized_start=766
+  _globals['_POSITIONSPAN']._serialized_end=888
+  _globals['_TOPK']._serialized_start=890
+  _globals['_TOPK']._serialized_end=907
+  _globals['_POOL']._serialized_start=909
+  _globals['_POOL']._serialized_end=929
+  _globals['_NORM']._serialized_start=931
+  _globals['_NORM']._serialized_end=937
+  _globals['_PROJECT']._serialized_start=939
+  _globals['_PROJECT']._serialized_end=1001
+  _globals['_SUMKEYS']._serialized_start=1003
+  _globals['_SUMKEYS']._serialized_end=1012
+  _globals['_HEADSUMMARY']._serialized_start=1014
+  _globals['_HEADSUMMARY']._serialized_end=1027
+  _globals['_LENS']._serialized_start=1029
+  _globals['_LENS']._serialized_end=1090
+  _globals['_FEATURES']._serialized_start=1092
+  _globals['_FEATURES']._serialized_end=1130
 # @@protoc_insertion_point(module_scope)

@@ -4,6 +4,7 @@ isort:skip_file
 What to read of a request's inner values, selected and reduced on the server."""
 
 from collections import abc as _abc
+from cutaway.v1 import stored_pb2 as _stored_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -74,10 +75,13 @@ class Capture(_message.Message):
     SUM_KEYS_FIELD_NUMBER: _builtins.int
     HEAD_SUMMARY_FIELD_NUMBER: _builtins.int
     LENS_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     AFTER_EDITS_FIELD_NUMBER: _builtins.int
     point: _builtins.str
-    """The point: a name of ListPoints, with a layer's number or "*" in place of {i}, or one of its aliases."""
+    """The point: a name of ListPoints, with a layer's number or "*" in place of {i}, or one of its aliases. Empty with
+    `features`: the point that the autoencoder was trained on.
+    """
     dtype: _builtins.str
     """Element type to send values in: "F32", "F16" or "BF16". Empty: "F32". Values that F16 cannot hold become infinite."""
     after_edits: _builtins.bool
@@ -132,6 +136,10 @@ class Capture(_message.Message):
     def lens(self) -> Global___Lens:
         """The residual read as if the network ended there."""
 
+    @_builtins.property
+    def features(self) -> Global___Features:
+        """Features of a sparse autoencoder."""
+
     def __init__(
         self,
         *,
@@ -148,14 +156,15 @@ class Capture(_message.Message):
         sum_keys: Global___SumKeys | None = ...,
         head_summary: Global___HeadSummary | None = ...,
         lens: Global___Lens | None = ...,
+        features: Global___Features | None = ...,
         dtype: _builtins.str = ...,
         after_edits: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["elements", b"elements", "head_summary", b"head_summary", "heads", b"heads", "layers", b"layers", "lens", b"lens", "norm", b"norm", "pool", b"pool", "positions", b"positions", "project", b"project", "reduction", b"reduction", "sum_keys", b"sum_keys", "top_k", b"top_k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["elements", b"elements", "features", b"features", "head_summary", b"head_summary", "heads", b"heads", "layers", b"layers", "lens", b"lens", "norm", b"norm", "pool", b"pool", "positions", b"positions", "project", b"project", "reduction", b"reduction", "sum_keys", b"sum_keys", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_edits", b"after_edits", "dtype", b"dtype", "elements", b"elements", "head_summary", b"head_summary", "heads", b"heads", "keys", b"keys", "layers", b"layers", "lens", b"lens", "norm", b"norm", "point", b"point", "pool", b"pool", "positions", b"positions", "project", b"project", "reduction", b"reduction", "sum_keys", b"sum_keys", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_edits", b"after_edits", "dtype", b"dtype", "elements", b"elements", "features", b"features", "head_summary", b"head_summary", "heads", b"heads", "keys", b"keys", "layers", b"layers", "lens", b"lens", "norm", b"norm", "point", b"point", "pool", b"pool", "positions", b"positions", "project", b"project", "reduction", b"reduction", "sum_keys", b"sum_keys", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_reduction: _TypeAlias = _typing.Literal["top_k", "pool", "norm", "project", "sum_keys", "head_summary", "lens"]  # noqa: Y015
+    _WhichOneofReturnType_reduction: _TypeAlias = _typing.Literal["top_k", "pool", "norm", "project", "sum_keys", "head_summary", "lens", "features"]  # noqa: Y015
     _WhichOneofArgType_reduction: _TypeAlias = _typing.Literal["reduction", b"reduction"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_reduction) -> _WhichOneofReturnType_reduction | None: ...
 
@@ -355,16 +364,22 @@ class Project(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VECTORS_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
     vectors: _builtins.bytes
     """The vectors, each as long as the last axis: little-endian F32, one after the other."""
+    @_builtins.property
+    def stored(self) -> _stored_pb2.Stored:
+        """Or a stored tensor, whose last axis is as long as the point's."""
+
     def __init__(
         self,
         *,
         vectors: _builtins.bytes = ...,
+        stored: _stored_pb2.Stored | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["stored", b"stored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["vectors", b"vectors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["stored", b"stored", "vectors", b"vectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -416,8 +431,13 @@ class Lens(_message.Message):
 
     TOP_K_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TRANSLATORS_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """How many of the likeliest tokens, at most 128."""
+    translators: _builtins.str
+    """A stored tuned lens, by id (or the operator's name): layer i's translator takes what block i reads, h + h W^T + b,
+    before the final norm. What the last block leaves is not translated. Empty: none, the plain logit lens.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens whose log-probability and rank to tell."""
@@ -427,11 +447,40 @@ class Lens(_message.Message):
         *,
         top_k: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        translators: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["token_ids", b"token_ids", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token_ids", b"token_ids", "top_k", b"top_k", "translators", b"translators"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Lens: _TypeAlias = Lens  # noqa: Y015
+
+@_typing.final
+class Features(_message.Message):
+    """What a stored sparse autoencoder makes of each row: its most active features, most active first. Sent as "values",
+    "indices" (features; -1 where fewer are active), and "active": how many features are. Of hook_z, heads are joined.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SAE_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    sae: _builtins.str
+    """The autoencoder's id, or the name of one that the operator has loaded."""
+    top_k: _builtins.int
+    """How many features of each row, at least 1."""
+    def __init__(
+        self,
+        *,
+        sae: _builtins.str = ...,
+        top_k: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sae", b"sae", "top_k", b"top_k"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Features: _TypeAlias = Features  # noqa: Y015

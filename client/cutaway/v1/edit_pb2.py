@@ -23,31 +23,34 @@ _sym_db = _symbol_database.Default()
 
 
 from cutaway.v1 import capture_pb2 as cutaway_dot_v1_dot_capture__pb2
+from cutaway.v1 import stored_pb2 as cutaway_dot_v1_dot_stored__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63utaway/v1/edit.proto\x12\ncutaway.v1\x1a\x18\x63utaway/v1/capture.proto\"\xe7\x03\n\x04\x45\x64it\x12\r\n\x05point\x18\x01 \x01(\t\x12#\n\x06layers\x18\x02 \x01(\x0b\x32\x13.cutaway.v1.Indices\x12\"\n\x05heads\x18\x03 \x01(\x0b\x32\x13.cutaway.v1.Indices\x12(\n\tpositions\x18\x04 \x01(\x0b\x32\x15.cutaway.v1.Positions\x12%\n\x08\x65lements\x18\x05 \x01(\x0b\x32\x13.cutaway.v1.Indices\x12\x1e\n\x03\x61\x64\x64\x18\x06 \x01(\x0b\x32\x0f.cutaway.v1.AddH\x00\x12\"\n\x05scale\x18\x07 \x01(\x0b\x32\x11.cutaway.v1.ScaleH\x00\x12 \n\x04zero\x18\x08 \x01(\x0b\x32\x10.cutaway.v1.ZeroH\x00\x12\x1e\n\x03set\x18\t \x01(\x0b\x32\x0f.cutaway.v1.SetH\x00\x12-\n\x0bproject_out\x18\n \x01(\x0b\x32\x16.cutaway.v1.ProjectOutH\x00\x12\"\n\x05\x63lamp\x18\x0b \x01(\x0b\x32\x11.cutaway.v1.ClampH\x00\x12)\n\tknock_out\x18\x0c \x01(\x0b\x32\x14.cutaway.v1.KnockOutH\x00\x12(\n\x08override\x18\r \x01(\x0b\x32\x14.cutaway.v1.OverrideH\x00\x42\x08\n\x06\x63hange\"3\n\x03\x41\x64\x64\x12\x0e\n\x06vector\x18\x01 \x01(\x0c\x12\x12\n\x05scale\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_scale\"\x17\n\x05Scale\x12\x0e\n\x06\x66\x61\x63tor\x18\x01 \x01(\x02\"\x06\n\x04Zero\"\x15\n\x03Set\x12\x0e\n\x06values\x18\x01 \x01(\x0c\" \n\nProjectOut\x12\x12\n\ndirections\x18\x01 \x01(\x0c\"N\n\x05\x43lamp\x12\x11\n\tdirection\x18\x01 \x01(\x0c\x12\x10\n\x03min\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x10\n\x03max\x18\x03 \x01(\x02H\x01\x88\x01\x01\x42\x06\n\x04_minB\x06\n\x04_max\"J\n\x08KnockOut\x12\x1e\n\x04keys\x18\x01 \x03(\x0b\x32\x10.cutaway.v1.Span\x12\x13\n\x06\x66\x61\x63tor\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\t\n\x07_factor\"*\n\x08Override\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63utaway/v1/edit.proto\x12\ncutaway.v1\x1a\x18\x63utaway/v1/capture.proto\x1a\x17\x63utaway/v1/stored.proto\"\xe7\x03\n\x04\x45\x64it\x12\r\n\x05point\x18\x01 \x01(\t\x12#\n\x06layers\x18\x02 \x01(\x0b\x32\x13.cutaway.v1.Indices\x12\"\n\x05heads\x18\x03 \x01(\x0b\x32\x13.cutaway.v1.Indices\x12(\n\tpositions\x18\x04 \x01(\x0b\x32\x15.cutaway.v1.Positions\x12%\n\x08\x65lements\x18\x05 \x01(\x0b\x32\x13.cutaway.v1.Indices\x12\x1e\n\x03\x61\x64\x64\x18\x06 \x01(\x0b\x32\x0f.cutaway.v1.AddH\x00\x12\"\n\x05scale\x18\x07 \x01(\x0b\x32\x11.cutaway.v1.ScaleH\x00\x12 \n\x04zero\x18\x08 \x01(\x0b\x32\x10.cutaway.v1.ZeroH\x00\x12\x1e\n\x03set\x18\t \x01(\x0b\x32\x0f.cutaway.v1.SetH\x00\x12-\n\x0bproject_out\x18\n \x01(\x0b\x32\x16.cutaway.v1.ProjectOutH\x00\x12\"\n\x05\x63lamp\x18\x0b \x01(\x0b\x32\x11.cutaway.v1.ClampH\x00\x12)\n\tknock_out\x18\x0c \x01(\x0b\x32\x14.cutaway.v1.KnockOutH\x00\x12(\n\x08override\x18\r \x01(\x0b\x32\x14.cutaway.v1.OverrideH\x00\x42\x08\n\x06\x63hange\"W\n\x03\x41\x64\x64\x12\x0e\n\x06vector\x18\x01 \x01(\x0c\x12\x12\n\x05scale\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\"\n\x06stored\x18\x03 \x01(\x0b\x32\x12.cutaway.v1.StoredB\x08\n\x06_scale\"\x17\n\x05Scale\x12\x0e\n\x06\x66\x61\x63tor\x18\x01 \x01(\x02\"\x06\n\x04Zero\"[\n\x03Set\x12\x0e\n\x06values\x18\x01 \x01(\x0c\x12\"\n\x06stored\x18\x02 \x01(\x0b\x32\x12.cutaway.v1.Stored\x12 \n\x03run\x18\x03 \x01(\x0b\x32\x13.cutaway.v1.FromRun\"(\n\x07\x46romRun\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tpositions\x18\x02 \x03(\r\"D\n\nProjectOut\x12\x12\n\ndirections\x18\x01 \x01(\x0c\x12\"\n\x06stored\x18\x02 \x01(\x0b\x32\x12.cutaway.v1.Stored\"r\n\x05\x43lamp\x12\x11\n\tdirection\x18\x01 \x01(\x0c\x12\x10\n\x03min\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x10\n\x03max\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\"\n\x06stored\x18\x04 \x01(\x0b\x32\x12.cutaway.v1.StoredB\x06\n\x04_minB\x06\n\x04_max\"J\n\x08KnockOut\x12\x1e\n\x04keys\x18\x01 \x03(\x0b\x32\x10.cutaway.v1.Span\x12\x13\n\x06\x66\x61\x63tor\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\t\n\x07_factor\"*\n\x08Override\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cutaway.v1.edit_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EDIT']._serialized_start=64
-  _globals['_EDIT']._serialized_end=551
-  _globals['_ADD']._serialized_start=553
-  _globals['_ADD']._serialized_end=604
-  _globals['_SCALE']._serialized_start=606
-  _globals['_SCALE']._serialized_end=629
-  _globals['_ZERO']._serialized_start=631
-  _globals['_ZERO']._serialized_end=637
-  _globals['_SET']._serialized_start=639
-  _globals['_SET']._serialized_end=660
-  _globals['_PROJECTOUT']._serialized_start=662
-  _globals['_PROJECTOUT']._serialized_end=694
-  _globals['_CLAMP']._serialized_start=696
-  _globals['_CLAMP']._serialized_end=774
-  _globals['_KNOCKOUT']._serialized_start=776
-  _globals['_KNOCKOUT']._serialized_end=850
-  _globals['_OVERRIDE']._serialized_start=852
-  _globals['_OVERRIDE']._serialized_end=894
+  _globals['_EDIT']._serialized_start=89
+  _globals['_EDIT']._serialized_end=576
+  _globals['_ADD']._serialized_start=578
+  _globals['_ADD']._serialized_end=665
+  _globals['_SCALE']._serialized_start=667
+  _globals['_SCALE']._serialized_end=690
+  _globals['_ZERO']._serialized_start=692
+  _globals['_ZERO']._serialized_end=698
+  _globals['_SET']._serialized_start=700
+  _globals['_SET']._serialized_end=791
+  _globals['_FROMRUN']._serialized_start=793
+  _globals['_FROMRUN']._serialized_end=833
+  _globals['_PROJECTOUT']._serialized_start=835
+  _globals['_PROJECTOUT']._serialized_end=903
+  _globals['_CLAMP']._serialized_start=905
+  _globals['_CLAMP']._serialized_end=1019
+  _globals['_KNOCKOUT']._serialized_start=1021
+  _globals['_KNOCKOUT']._serialized_end=1095
+  _globals['_OVERRIDE']._serialized_start=1097
+  _globals['_OVERRIDE']._serialized_end=1139
 # @@protoc_insertion_point(module_scope)

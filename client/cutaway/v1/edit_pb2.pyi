@@ -5,6 +5,7 @@ What to change of a request's inner values while it is computed. Nobody else's v
 
 from collections import abc as _abc
 from cutaway.v1 import capture_pb2 as _capture_pb2
+from cutaway.v1 import stored_pb2 as _stored_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -125,19 +126,25 @@ class Add(_message.Message):
 
     VECTOR_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
     vector: _builtins.bytes
     """One vector for all selected heads, or one for each, one after the other: little-endian F32."""
     scale: _builtins.float
     """Unset: 1."""
+    @_builtins.property
+    def stored(self) -> _stored_pb2.Stored:
+        """Or a stored tensor of the same size."""
+
     def __init__(
         self,
         *,
         vector: _builtins.bytes = ...,
         scale: _builtins.float | None = ...,
+        stored: _stored_pb2.Stored | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "scale", b"scale"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "scale", b"scale", "stored", b"stored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "scale", b"scale", "vector", b"vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "scale", b"scale", "stored", b"stored", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
     _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
@@ -191,22 +198,62 @@ class Set(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VALUES_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
     values: _builtins.bytes
     """Little-endian F32: one vector for all selected rows and heads, or one for each selected head, or one for each
     selected row and head, rows (those selected, in ascending order) outermost. The number of rows must then be known.
     """
+    @_builtins.property
+    def stored(self) -> _stored_pb2.Stored:
+        """Or a stored tensor of the same size."""
+
+    @_builtins.property
+    def run(self) -> Global___FromRun:
+        """Or the values that the same point of the same layer had in a stored run."""
+
     def __init__(
         self,
         *,
         values: _builtins.bytes = ...,
+        stored: _stored_pb2.Stored | None = ...,
+        run: Global___FromRun | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "stored", b"stored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "stored", b"stored", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Set: _TypeAlias = Set  # noqa: Y015
+
+@_typing.final
+class FromRun(_message.Message):
+    """Values of a stored run, in place of those of a request: a patch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The run's id."""
+    @_builtins.property
+    def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Its positions whose values to take, for the selected rows in ascending order. Unset: the same as the rows'."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        positions: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "positions", b"positions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FromRun: _TypeAlias = FromRun  # noqa: Y015
 
 @_typing.final
 class ProjectOut(_message.Message):
@@ -215,16 +262,22 @@ class ProjectOut(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DIRECTIONS_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
     directions: _builtins.bytes
     """One or more vectors over the selected elements, not zero; they need not be orthogonal. Little-endian F32."""
+    @_builtins.property
+    def stored(self) -> _stored_pb2.Stored:
+        """Or a stored tensor of the same size."""
+
     def __init__(
         self,
         *,
         directions: _builtins.bytes = ...,
+        stored: _stored_pb2.Stored | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["stored", b"stored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["directions", b"directions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directions", b"directions", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -239,22 +292,28 @@ class Clamp(_message.Message):
     DIRECTION_FIELD_NUMBER: _builtins.int
     MIN_FIELD_NUMBER: _builtins.int
     MAX_FIELD_NUMBER: _builtins.int
+    STORED_FIELD_NUMBER: _builtins.int
     direction: _builtins.bytes
     """A vector over the selected elements, not zero; its length does not matter. Little-endian F32."""
     min: _builtins.float
     """The least component, in units of the value. Unset: none."""
     max: _builtins.float
     """The largest. Unset: none."""
+    @_builtins.property
+    def stored(self) -> _stored_pb2.Stored:
+        """Or a stored tensor of the same size as `direction`."""
+
     def __init__(
         self,
         *,
         direction: _builtins.bytes = ...,
         min: _builtins.float | None = ...,
         max: _builtins.float | None = ...,
+        stored: _stored_pb2.Stored | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "max", b"max", "min", b"min"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "max", b"max", "min", b"min", "stored", b"stored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "direction", b"direction", "max", b"max", "min", b"min"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "direction", b"direction", "max", b"max", "min", b"min", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max: _TypeAlias = _typing.Literal["max"]  # noqa: Y015
     _WhichOneofArgType__max: _TypeAlias = _typing.Literal["_max", b"_max"]  # noqa: Y015

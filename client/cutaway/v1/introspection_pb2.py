@@ -26,49 +26,64 @@ from cutaway.v1 import capture_pb2 as cutaway_dot_v1_dot_capture__pb2
 from cutaway.v1 import inference_pb2 as cutaway_dot_v1_dot_inference__pb2
 from cutaway.v1 import machine_pb2 as cutaway_dot_v1_dot_machine__pb2
 from cutaway.v1 import replay_pb2 as cutaway_dot_v1_dot_replay__pb2
+from cutaway.v1 import stored_pb2 as cutaway_dot_v1_dot_stored__pb2
+from cutaway.v1 import sweep_pb2 as cutaway_dot_v1_dot_sweep__pb2
+from cutaway.v1 import weights_pb2 as cutaway_dot_v1_dot_weights__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63utaway/v1/introspection.proto\x12\ncutaway.v1\x1a\x18\x63utaway/v1/capture.proto\x1a\x1a\x63utaway/v1/inference.proto\x1a\x18\x63utaway/v1/machine.proto\x1a\x17\x63utaway/v1/replay.proto\"\x13\n\x11ListPointsRequest\"K\n\x12ListPointsResponse\x12!\n\x06points\x18\x01 \x03(\x0b\x32\x11.cutaway.v1.Point\x12\x12\n\nmodel_hash\x18\x02 \x01(\t\"\xc7\x01\n\x05Point\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x61xes\x18\x02 \x03(\t\x12\r\n\x05shape\x18\x03 \x03(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x10\n\x08readable\x18\x05 \x01(\x08\x12\x10\n\x08writable\x18\x06 \x01(\x08\x12\x1e\n\x04\x63ost\x18\x07 \x01(\x0e\x32\x10.cutaway.v1.Cost\x12\x1a\n\x12\x62ytes_per_position\x18\x08 \x01(\x04\x12\x0f\n\x07\x61liases\x18\t \x03(\t\x12\x13\n\x0b\x64\x65scription\x18\n \x01(\t\"=\n\x0cTraceRequest\x12-\n\x08generate\x18\x01 \x01(\x0b\x32\x1b.cutaway.v1.GenerateRequest\"<\n\rTraceResponse\x12+\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1c.cutaway.v1.GenerateResponse\"\xa5\x01\n\x16GetHiddenStatesRequest\x12-\n\x08generate\x18\x01 \x01(\x0b\x32\x1b.cutaway.v1.GenerateRequest\x12#\n\x06layers\x18\x02 \x01(\x0b\x32\x13.cutaway.v1.Indices\x12(\n\tpositions\x18\x03 \x01(\x0b\x32\x15.cutaway.v1.Positions\x12\r\n\x05\x64type\x18\x04 \x01(\t\"F\n\x17GetHiddenStatesResponse\x12+\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1c.cutaway.v1.GenerateResponse\"\x82\x02\n\x13GetAttentionRequest\x12-\n\x08generate\x18\x01 \x01(\x0b\x32\x1b.cutaway.v1.GenerateRequest\x12#\n\x06layers\x18\x02 \x01(\x0b\x32\x13.cutaway.v1.Indices\x12\"\n\x05heads\x18\x03 \x01(\x0b\x32\x13.cutaway.v1.Indices\x12&\n\x07queries\x18\x04 \x01(\x0b\x32\x15.cutaway.v1.Positions\x12\x1e\n\x04keys\x18\x05 \x03(\x0b\x32\x10.cutaway.v1.Span\x12\x12\n\x05top_k\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x64type\x18\x07 \x01(\tB\x08\n\x06_top_k\"C\n\x14GetAttentionResponse\x12+\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1c.cutaway.v1.GenerateResponse\"\xb0\x01\n\x10LogitLensRequest\x12-\n\x08generate\x18\x01 \x01(\x0b\x32\x1b.cutaway.v1.GenerateRequest\x12#\n\x06layers\x18\x02 \x01(\x0b\x32\x13.cutaway.v1.Indices\x12(\n\tpositions\x18\x03 \x01(\x0b\x32\x15.cutaway.v1.Positions\x12\x1e\n\x04lens\x18\x04 \x01(\x0b\x32\x10.cutaway.v1.Lens\"@\n\x11LogitLensResponse\x12+\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1c.cutaway.v1.GenerateResponse\"@\n\x0f\x45stimateRequest\x12-\n\x08generate\x18\x01 \x01(\x0b\x32\x1b.cutaway.v1.GenerateRequest\"q\n\x10\x45stimateResponse\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x15\n\rcapture_bytes\x18\x02 \x03(\x04\x12\x11\n\tmax_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bopen_layers\x18\x04 \x01(\r\x12\x0f\n\x07refusal\x18\x05 \x01(\t\"A\n\x10SelfCheckRequest\x12-\n\x08generate\x18\x01 \x01(\x0b\x32\x1b.cutaway.v1.GenerateRequest\"\xad\x01\n\x11SelfCheckResponse\x12(\n\nidentities\x18\x01 \x03(\x0b\x32\x14.cutaway.v1.Identity\x12\r\n\x05holds\x18\x02 \x01(\x08\x12\x12\n\nmodel_hash\x18\x03 \x01(\t\x12\x0f\n\x07kernels\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x14\n\x0cquantization\x18\x06 \x01(\t\x12\x15\n\rprompt_tokens\x18\x07 \x01(\r\"m\n\x08Identity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\x01\x12\x11\n\ttolerance\x18\x04 \x01(\x01\x12\r\n\x05holds\x18\x05 \x01(\x08\x12\r\n\x05\x65xact\x18\x06 \x01(\x08*]\n\x04\x43ost\x12\x14\n\x10\x43OST_UNSPECIFIED\x10\x00\x12\r\n\tCOST_COPY\x10\x01\x12\r\n\tCOST_OPEN\x10\x02\x12\x10\n\x0c\x43OST_CONTEXT\x10\x03\x12\x0f\n\x0b\x43OST_MATRIX\x10\x04\x32\xba\t\n\rIntrospection\x12K\n\nListPoints\x12\x1d.cutaway.v1.ListPointsRequest\x1a\x1e.cutaway.v1.ListPointsResponse\x12>\n\x05Trace\x12\x18.cutaway.v1.TraceRequest\x1a\x19.cutaway.v1.TraceResponse0\x01\x12\\\n\x0fGetHiddenStates\x12\".cutaway.v1.GetHiddenStatesRequest\x1a#.cutaway.v1.GetHiddenStatesResponse0\x01\x12S\n\x0cGetAttention\x12\x1f.cutaway.v1.GetAttentionRequest\x1a .cutaway.v1.GetAttentionResponse0\x01\x12J\n\tLogitLens\x12\x1c.cutaway.v1.LogitLensRequest\x1a\x1d.cutaway.v1.LogitLensResponse0\x01\x12H\n\tSelfCheck\x12\x1c.cutaway.v1.SelfCheckRequest\x1a\x1d.cutaway.v1.SelfCheckResponse\x12\x45\n\x08\x45stimate\x12\x1b.cutaway.v1.EstimateRequest\x1a\x1c.cutaway.v1.EstimateResponse\x12T\n\rGetCacheStats\x12 .cutaway.v1.GetCacheStatsRequest\x1a!.cutaway.v1.GetCacheStatsResponse\x12J\n\tGetBlocks\x12\x1c.cutaway.v1.GetBlocksRequest\x1a\x1d.cutaway.v1.GetBlocksResponse0\x01\x12J\n\tReadCache\x12\x1c.cutaway.v1.ReadCacheRequest\x1a\x1d.cutaway.v1.ReadCacheResponse0\x01\x12Q\n\x0cReplaySample\x12\x1f.cutaway.v1.ReplaySampleRequest\x1a .cutaway.v1.ReplaySampleResponse\x12M\n\nWatchCache\x12\x1d.cutaway.v1.WatchCacheRequest\x1a\x1e.cutaway.v1.WatchCacheResponse0\x01\x12M\n\nWatchSteps\x12\x1d.cutaway.v1.WatchStepsRequest\x1a\x1e.cutaway.v1.WatchStepsResponse0\x01\x12Q\n\x0cListRequests\x12\x1f.cutaway.v1.ListRequestsRequest\x1a .cutaway.v1.ListRequestsResponse\x12Z\n\x0fPredictCacheHit\x12\".cutaway.v1.PredictCacheHitRequest\x1a#.cutaway.v1.PredictCacheHitResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63utaway/v1/introspection.proto\x12\ncutaway.v1\x1a\x18\x63utaway/v1/capture.proto\x1a\x1a\x63utaway/v1/inference.proto\x1a\x18\x63utaway/v1/machine.proto\x1a\x17\x63utaway/v1/replay.proto\x1a\x17\x63utaway/v1/stored.proto\x1a\x16\x63utaway/v1/sweep.proto\x1a\x18\x63utaway/v1/weights.proto\"\x13\n\x11ListPointsRequest\"K\n\x12ListPointsResponse\x12!\n\x06points\x18\x01 \x03(\x0b\x32\x11.cutaway.v1.Point\x12\x12\n\nmodel_hash\x18\x02 \x01(\t\"\xc7\x01\n\x05Point\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x61xes\x18\x02 \x03(\t\x12\r\n\x05shape\x18\x03 \x03(\r\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x10\n\x08readable\x18\x05 \x01(\x08\x12\x10\n\x08writable\x18\x06 \x01(\x08\x12\x1e\n\x04\x63ost\x18\x07 \x01(\x0e\x32\x10.cutaway.v1.Cost\x12\x1a\n\x12\x62ytes_per_position\x18\x08 \x01(\x04\x12\x0f\n\x07\x61liases\x18\t \x03(\t\x12\x13\n\x0b\x64\x65scription\x18\n \x01(\t\"=\n\x0cTraceRequest\x12-\n\x08generate\x18\x01 \x01(\x0b\x32\x1b.cutaway.v1.GenerateRequest\"<\n\rTraceResponse\x12+\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1c.cutaway.v1.GenerateResponse\"\xa5\x01\n\x16GetHiddenStatesRequest\x12-\n\x08generate\x18\x01 \x01(\x0b\x32\x1b.cutaway.v1.GenerateRequest\x12#\n\x06layers\x18\x02 \x01(\x0b\x32\x13.cutaway.v1.Indices\x12(\n\tpositions\x18\x03 \x01(\x0b\x32\x15.cutaway.v1.Positions\x12\r\n\x05\x64type\x18\x04 \x01(\t\"F\n\x17GetHiddenStatesResponse\x12+\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1c.cutaway.v1.GenerateResponse\"\x82\x02\n\x13GetAttentionRequest\x12-\n\x08generate\x18\x01 \x01(\x0b\x32\x1b.cutaway.v1.GenerateRequest\x12#\n\x06layers\x18\x02 \x01(\x0b\x32\x13.cutaway.v1.Indices\x12\"\n\x05heads\x18\x03 \x01(\x0b\x32\x13.cutaway.v1.Indices\x12&\n\x07queries\x18\x04 \x01(\x0b\x32\x15.cutaway.v1.Positions\x12\x1e\n\x04keys\x18\x05 \x03(\x0b\x32\x10.cutaway.v1.Span\x12\x12\n\x05top_k\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x64type\x18\x07 \x01(\tB\x08\n\x06_top_k\"C\n\x14GetAttentionResponse\x12+\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1c.cutaway.v1.GenerateResponse\"\xb0\x01\n\x10LogitLensRequest\x12-\n\x08generate\x18\x01 \x01(\x0b\x32\x1b.cutaway.v1.GenerateRequest\x12#\n\x06layers\x18\x02 \x01(\x0b\x32\x13.cutaway.v1.Indices\x12(\n\tpositions\x18\x03 \x01(\x0b\x32\x15.cutaway.v1.Positions\x12\x1e\n\x04lens\x18\x04 \x01(\x0b\x32\x10.cutaway.v1.Lens\"@\n\x11LogitLensResponse\x12+\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1c.cutaway.v1.GenerateResponse\"\xcf\x01\n\x12\x41ttributionRequest\x12-\n\x08generate\x18\x01 \x01(\x0b\x32\x1b.cutaway.v1.GenerateRequest\x12\'\n\x06target\x18\x02 \x01(\x0b\x32\x17.cutaway.v1.TokenChoice\x12&\n\x05minus\x18\x03 \x01(\x0b\x32\x17.cutaway.v1.TokenChoice\x12(\n\tpositions\x18\x04 \x01(\x0b\x32\x15.cutaway.v1.Positions\x12\x0f\n\x07neurons\x18\x05 \x01(\r\"B\n\x13\x41ttributionResponse\x12+\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1c.cutaway.v1.GenerateResponse\"L\n\rPutRunRequest\x12-\n\x08generate\x18\x01 \x01(\x0b\x32\x1b.cutaway.v1.GenerateRequest\x12\x0c\n\x04name\x18\x02 \x01(\t\"6\n\x0ePutRunResponse\x12$\n\x04\x66ile\x18\x01 \x01(\x0b\x32\x16.cutaway.v1.StoredFile\"w\n\x0b\x46orkRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0f\n\x02\x61t\x18\x03 \x01(\rH\x00\x88\x01\x01\x12-\n\x08generate\x18\x04 \x01(\x0b\x32\x1b.cutaway.v1.GenerateRequestB\x05\n\x03_at\";\n\x0c\x46orkResponse\x12+\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1c.cutaway.v1.GenerateResponse\"@\n\x0f\x45stimateRequest\x12-\n\x08generate\x18\x01 \x01(\x0b\x32\x1b.cutaway.v1.GenerateRequest\"q\n\x10\x45stimateResponse\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x15\n\rcapture_bytes\x18\x02 \x03(\x04\x12\x11\n\tmax_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bopen_layers\x18\x04 \x01(\r\x12\x0f\n\x07refusal\x18\x05 \x01(\t\"A\n\x10SelfCheckRequest\x12-\n\x08generate\x18\x01 \x01(\x0b\x32\x1b.cutaway.v1.GenerateRequest\"\xad\x01\n\x11SelfCheckResponse\x12(\n\nidentities\x18\x01 \x03(\x0b\x32\x14.cutaway.v1.Identity\x12\r\n\x05holds\x18\x02 \x01(\x08\x12\x12\n\nmodel_hash\x18\x03 \x01(\t\x12\x0f\n\x07kernels\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x14\n\x0cquantization\x18\x06 \x01(\t\x12\x15\n\rprompt_tokens\x18\x07 \x01(\r\"m\n\x08Identity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\x01\x12\x11\n\ttolerance\x18\x04 \x01(\x01\x12\r\n\x05holds\x18\x05 \x01(\x08\x12\r\n\x05\x65xact\x18\x06 \x01(\x08*]\n\x04\x43ost\x12\x14\n\x10\x43OST_UNSPECIFIED\x10\x00\x12\r\n\tCOST_COPY\x10\x01\x12\r\n\tCOST_OPEN\x10\x02\x12\x10\n\x0c\x43OST_CONTEXT\x10\x03\x12\x0f\n\x0b\x43OST_MATRIX\x10\x04\x32\xed\x0e\n\rIntrospection\x12K\n\nListPoints\x12\x1d.cutaway.v1.ListPointsRequest\x1a\x1e.cutaway.v1.ListPointsResponse\x12>\n\x05Trace\x12\x18.cutaway.v1.TraceRequest\x1a\x19.cutaway.v1.TraceResponse0\x01\x12\\\n\x0fGetHiddenStates\x12\".cutaway.v1.GetHiddenStatesRequest\x1a#.cutaway.v1.GetHiddenStatesResponse0\x01\x12S\n\x0cGetAttention\x12\x1f.cutaway.v1.GetAttentionRequest\x1a .cutaway.v1.GetAttentionResponse0\x01\x12J\n\tLogitLens\x12\x1c.cutaway.v1.LogitLensRequest\x1a\x1d.cutaway.v1.LogitLensResponse0\x01\x12P\n\x0b\x41ttribution\x12\x1e.cutaway.v1.AttributionRequest\x1a\x1f.cutaway.v1.AttributionResponse0\x01\x12>\n\x05Sweep\x12\x18.cutaway.v1.SweepRequest\x1a\x19.cutaway.v1.SweepResponse0\x01\x12H\n\tSelfCheck\x12\x1c.cutaway.v1.SelfCheckRequest\x1a\x1d.cutaway.v1.SelfCheckResponse\x12\x45\n\x08\x45stimate\x12\x1b.cutaway.v1.EstimateRequest\x1a\x1c.cutaway.v1.EstimateResponse\x12T\n\rGetCacheStats\x12 .cutaway.v1.GetCacheStatsRequest\x1a!.cutaway.v1.GetCacheStatsResponse\x12J\n\tGetBlocks\x12\x1c.cutaway.v1.GetBlocksRequest\x1a\x1d.cutaway.v1.GetBlocksResponse0\x01\x12J\n\tReadCache\x12\x1c.cutaway.v1.ReadCacheRequest\x1a\x1d.cutaway.v1.ReadCacheResponse0\x01\x12Q\n\x0cReplaySample\x12\x1f.cutaway.v1.ReplaySampleRequest\x1a .cutaway.v1.ReplaySampleResponse\x12M\n\nWatchCache\x12\x1d.cutaway.v1.WatchCacheRequest\x1a\x1e.cutaway.v1.WatchCacheResponse0\x01\x12M\n\nWatchSteps\x12\x1d.cutaway.v1.WatchStepsRequest\x1a\x1e.cutaway.v1.WatchStepsResponse0\x01\x12Q\n\x0cListRequests\x12\x1f.cutaway.v1.ListRequestsRequest\x1a .cutaway.v1.ListRequestsResponse\x12Z\n\x0fPredictCacheHit\x12\".cutaway.v1.PredictCacheHitRequest\x1a#.cutaway.v1.PredictCacheHitResponse\x12M\n\nGetWeights\x12\x1d.cutaway.v1.GetWeightsRequest\x1a\x1e.cutaway.v1.GetWeightsResponse0\x01\x12]\n\x10GetNearestTokens\x12#.cutaway.v1.GetNearestTokensRequest\x1a$.cutaway.v1.GetNearestTokensResponse\x12;\n\x04\x46ork\x12\x17.cutaway.v1.ForkRequest\x1a\x18.cutaway.v1.ForkResponse0\x01\x12M\n\nPutVectors\x12\x1d.cutaway.v1.PutVectorsRequest\x1a\x1e.cutaway.v1.PutVectorsResponse(\x01\x12?\n\x06PutRun\x12\x19.cutaway.v1.PutRunRequest\x1a\x1a.cutaway.v1.PutRunResponse\x12N\n\x0bListVectors\x12\x1e.cutaway.v1.ListVectorsRequest\x1a\x1f.cutaway.v1.ListVectorsResponse\x12T\n\rDeleteVectors\x12 .cutaway.v1.DeleteVectorsRequest\x1a!.cutaway.v1.DeleteVectorsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cutaway.v1.introspection_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_COST']._serialized_start=1926
-  _globals['_COST']._serialized_end=2019
-  _globals['_LISTPOINTSREQUEST']._serialized_start=151
-  _globals['_LISTPOINTSREQUEST']._serialized_end=170
-  _globals['_LISTPOINTSRESPONSE']._serialized_start=172
-  _globals['_LISTPOINTSRESPONSE']._serialized_end=247
-  _globals['_POINT']._serialized_start=250
-  _globals['_POINT']._serialized_end=449
-  _globals['_TRACEREQUEST']._serialized_start=451
-  _globals['_TRACEREQUEST']._serialized_end=512
-  _globals['_TRACERESPONSE']._serialized_start=514
-  _globals['_TRACERESPONSE']._serialized_end=574
-  _globals['_GETHIDDENSTATESREQUEST']._serialized_start=577
-  _globals['_GETHIDDENSTATESREQUEST']._serialized_end=742
-  _globals['_GETHIDDENSTATESRESPONSE']._serialized_start=744
-  _globals['_GETHIDDENSTATESRESPONSE']._serialized_end=814
-  _globals['_GETATTENTIONREQUEST']._serialized_start=817
-  _globals['_GETATTENTIONREQUEST']._serialized_end=1075
-  _globals['_GETATTENTIONRESPONSE']._serialized_start=1077
-  _globals['_GETATTENTIONRESPONSE']._serialized_end=1144
-  _globals['_LOGITLENSREQUEST']._serialized_start=1147
-  _globals['_LOGITLENSREQUEST']._serialized_end=1323
-  _globals['_LOGITLENSRESPONSE']._serialized_start=1325
-  _globals['_LOGITLENSRESPONSE']._serialized_end=1389
-  _globals['_ESTIMATEREQUEST']._serialized_start=1391
-  _globals['_ESTIMATEREQUEST']._serialized_end=1455
-  _globals['_ESTIMATERESPONSE']._serialized_start=1457
-  _globals['_ESTIMATERESPONSE']._serialized_end=1570
-  _globals['_SELFCHECKREQUEST']._serialized_start=1572
-  _globals['_SELFCHECKREQUEST']._serialized_end=1637
-  _globals['_SELFCHECKRESPONSE']._serialized_start=1640
-  _globals['_SELFCHECKRESPONSE']._serialized_end=1813
-  _globals['_IDENTITY']._serialized_start=1815
-  _globals['_IDENTITY']._serialized_end=1924
-  _globals['_INTROSPECTION']._serialized_start=2022
-  _globals['_INTROSPECTION']._serialized_end=3232
+  _globals['_COST']._serialized_start=2595
+  _globals['_COST']._serialized_end=2688
+  _globals['_LISTPOINTSREQUEST']._serialized_start=226
+  _globals['_LISTPOINTSREQUEST']._serialized_end=245
+  _globals['_LISTPOINTSRESPONSE']._serialized_start=247
+  _globals['_LISTPOINTSRESPONSE']._serialized_end=322
+  _globals['_POINT']._serialized_start=325
+  _globals['_POINT']._serialized_end=524
+  _globals['_TRACEREQUEST']._serialized_start=526
+  _globals['_TRACEREQUEST']._serialized_end=587
+  _globals['_TRACERESPONSE']._serialized_start=589
+  _globals['_TRACERESPONSE']._serialized_end=649
+  _globals['_GETHIDDENSTATESREQUEST']._serialized_start=652
+  _globals['_GETHIDDENSTATESREQUEST']._serialized_end=817
+  _globals['_GETHIDDENSTATESRESPONSE']._serialized_start=819
+  _globals['_GETHIDDENSTATESRESPONSE']._serialized_end=889
+  _globals['_GETATTENTIONREQUEST']._serialized_start=892
+  _globals['_GETATTENTIONREQUEST']._serialized_end=1150
+  _globals['_GETATTENTIONRESPONSE']._serialized_start=1152
+  _globals['_GETATTENTIONRESPONSE']._serialized_end=1219
+  _globals['_LOGITLENSREQUEST']._serialized_start=1222
+  _globals['_LOGITLENSREQUEST']._serialized_end=1398
+  _globals['_LOGITLENSRESPONSE']._serialized_start=1400
+  _globals['_LOGITLENSRESPONSE']._serialized_end=1464
+  _globals['_ATTRIBUTIONREQUEST']._serialized_start=1467
+  _globals['_ATTRIBUTIONREQUEST']._serialized_end=1674
+  _globals['_ATTRIBUTIONRESPONSE']._serialized_start=1676
+  _globals['_ATTRIBUTIONRESPONSE']._serialized_end=1742
+  _globals['_PUTRUNREQUEST']._serialized_start=1744
+  _globals['_PUTRUNREQUEST']._serialized_end=1820
+  _globals['_PUTRUNRESPONSE']._serialized_start=1822
+  _globals['_PUTRUNRESPONSE']._serialized_end=1876
+  _globals['_FORKREQUEST']._serialized_start=1878
+  _globals['_FORKREQUEST']._serialized_end=1997
+  _globals['_FORKRESPONSE']._serialized_start=1999
+  _globals['_FORKRESPONSE']._serialized_end=2058
+  _globals['_ESTIMATEREQUEST']._serialized_start=2060
+  _globals['_ESTIMATEREQUEST']._serialized_end=2124
+  _globals['_ESTIMATERESPONSE']._serialized_start=2126
+  _globals['_ESTIMATERESPONSE']._serialized_end=2239
+  _globals['_SELFCHECKREQUEST']._serialized_start=2241
+  _globals['_SELFCHECKREQUEST']._serialized_end=2306
+  _globals['_SELFCHECKRESPONSE']._serialized_start=2309
+  _globals['_SELFCHECKRESPONSE']._serialized_end=2482
+  _globals['_IDENTITY']._serialized_start=2484
+  _globals['_IDENTITY']._serialized_end=2593
+  _globals['_INTROSPECTION']._serialized_start=2691
+  _globals['_INTROSPECTION']._serialized_end=4592
 # @@protoc_insertion_point(module_scope)

@@ -6,6 +6,8 @@ Looking inside: every inner value of a served model, per request, in the same ba
 from collections import abc as _abc
 from cutaway.v1 import capture_pb2 as _capture_pb2
 from cutaway.v1 import inference_pb2 as _inference_pb2
+from cutaway.v1 import stored_pb2 as _stored_pb2
+from cutaway.v1 import sweep_pb2 as _sweep_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -423,6 +425,202 @@ class LogitLensResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LogitLensResponse: _TypeAlias = LogitLensResponse  # noqa: Y015
+
+@_typing.final
+class AttributionRequest(_message.Message):
+    """Whose logit to take apart."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATE_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    MINUS_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    NEURONS_FIELD_NUMBER: _builtins.int
+    neurons: _builtins.int
+    """How many neurons of each layer to tell: those that add or take most. 0: none."""
+    @_builtins.property
+    def generate(self) -> _inference_pb2.GenerateRequest:
+        """The prompt, as for Trace, for one completion. It has no captures. max_capture_bytes is held against the values that
+        the answer is computed from, which are more than the answer.
+        """
+
+    @_builtins.property
+    def target(self) -> _sweep_pb2.TokenChoice:
+        """The token whose logit it is."""
+
+    @_builtins.property
+    def minus(self) -> _sweep_pb2.TokenChoice:
+        """The token whose logit is taken away from it. Unset: none."""
+
+    @_builtins.property
+    def positions(self) -> _capture_pb2.Positions:
+        """Which rows: those that predict. Unset: the prompt's last."""
+
+    def __init__(
+        self,
+        *,
+        generate: _inference_pb2.GenerateRequest | None = ...,
+        target: _sweep_pb2.TokenChoice | None = ...,
+        minus: _sweep_pb2.TokenChoice | None = ...,
+        positions: _capture_pb2.Positions | None = ...,
+        neurons: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate", "minus", b"minus", "positions", b"positions", "target", b"target"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate", "minus", b"minus", "neurons", b"neurons", "positions", b"positions", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttributionRequest: _TypeAlias = AttributionRequest  # noqa: Y015
+
+@_typing.final
+class AttributionResponse(_message.Message):
+    """One message of the stream: as of Generate. Tensors are F32, named "attribution", and their parts are: "logit" [pos],
+    before soft-capping, of target or target less minus. "embed", "pos_embed", "norm_bias", "unexplained" [pos], "attn"
+    and "mlp" [layer, pos] add up to it; unexplained is rounding, and edits of the residual stream itself. "heads" [layer,
+    pos, head], "attn_bias" and "attn_rest" [layer, pos] add up to attn; "neurons" [layer, pos, top], whose numbers are
+    "neuron_indices", "mlp_bias" and "mlp_rest" [layer, pos] to mlp. Norms are held at the scale they had.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def event(self) -> _inference_pb2.GenerateResponse:
+        """What it tells."""
+
+    def __init__(
+        self,
+        *,
+        event: _inference_pb2.GenerateResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttributionResponse: _TypeAlias = AttributionResponse  # noqa: Y015
+
+@_typing.final
+class PutRunRequest(_message.Message):
+    """A request whose inner values to keep."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """A name to find the run by in lists, at most 128 characters of [A-Za-z0-9._:-]. May be empty."""
+    @_builtins.property
+    def generate(self) -> _inference_pb2.GenerateRequest:
+        """The request, as for Trace, for one completion: its captures are kept. They have no reductions, and are of no patterns."""
+
+    def __init__(
+        self,
+        *,
+        generate: _inference_pb2.GenerateRequest | None = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generate", b"generate", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutRunRequest: _TypeAlias = PutRunRequest  # noqa: Y015
+
+@_typing.final
+class PutRunResponse(_message.Message):
+    """A run that is kept from now on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def file(self) -> _stored_pb2.StoredFile:
+        """What it is: its tensors go by the canonical names of points, each layer's by its own."""
+
+    def __init__(
+        self,
+        *,
+        file: _stored_pb2.StoredFile | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutRunResponse: _TypeAlias = PutRunResponse  # noqa: Y015
+
+@_typing.final
+class ForkRequest(_message.Message):
+    """What to continue, from where, and how."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    GENERATE_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The name of the request."""
+    index: _builtins.int
+    """Which completion of it."""
+    at: _builtins.int
+    """How many of its generated tokens to keep: the fork's first token takes the place of token `at`, counted from 0. Unset:
+    all that there are now.
+    """
+    @_builtins.property
+    def generate(self) -> _inference_pb2.GenerateRequest:
+        """How to go on: as for Generate, without a prompt, which is the prompt forked and the tokens kept. With the sampling
+        fields of the request forked, its seed (told by Started) among them, the fork goes on as that did. edits unset: those
+        of the request forked, at the same positions, which asks for the scope `edit`.
+        """
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        index: _builtins.int = ...,
+        at: _builtins.int | None = ...,
+        generate: _inference_pb2.GenerateRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_at", b"_at", "at", b"at", "generate", b"generate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_at", b"_at", "at", b"at", "generate", b"generate", "index", b"index", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__at: _TypeAlias = _typing.Literal["at"]  # noqa: Y015
+    _WhichOneofArgType__at: _TypeAlias = _typing.Literal["_at", b"_at"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__at) -> _WhichOneofReturnType__at | None: ...
+
+Global___ForkRequest: _TypeAlias = ForkRequest  # noqa: Y015
+
+@_typing.final
+class ForkResponse(_message.Message):
+    """One message of the stream: as of Generate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def event(self) -> _inference_pb2.GenerateResponse:
+        """What it tells."""
+
+    def __init__(
+        self,
+        *,
+        event: _inference_pb2.GenerateResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkResponse: _TypeAlias = ForkResponse  # noqa: Y015
 
 @_typing.final
 class EstimateRequest(_message.Message):

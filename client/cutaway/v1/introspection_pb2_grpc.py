@@ -6,6 +6,9 @@ import warnings
 from cutaway.v1 import introspection_pb2 as cutaway_dot_v1_dot_introspection__pb2
 from cutaway.v1 import machine_pb2 as cutaway_dot_v1_dot_machine__pb2
 from cutaway.v1 import replay_pb2 as cutaway_dot_v1_dot_replay__pb2
+from cutaway.v1 import stored_pb2 as cutaway_dot_v1_dot_stored__pb2
+from cutaway.v1 import sweep_pb2 as cutaway_dot_v1_dot_sweep__pb2
+from cutaway.v1 import weights_pb2 as cutaway_dot_v1_dot_weights__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -62,6 +65,16 @@ class IntrospectionStub:
                 request_serializer=cutaway_dot_v1_dot_introspection__pb2.LogitLensRequest.SerializeToString,
                 response_deserializer=cutaway_dot_v1_dot_introspection__pb2.LogitLensResponse.FromString,
                 _registered_method=True)
+        self.Attribution = channel.unary_stream(
+                '/cutaway.v1.Introspection/Attribution',
+                request_serializer=cutaway_dot_v1_dot_introspection__pb2.AttributionRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_introspection__pb2.AttributionResponse.FromString,
+                _registered_method=True)
+        self.Sweep = channel.unary_stream(
+                '/cutaway.v1.Introspection/Sweep',
+                request_serializer=cutaway_dot_v1_dot_sweep__pb2.SweepRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_sweep__pb2.SweepResponse.FromString,
+                _registered_method=True)
         self.SelfCheck = channel.unary_unary(
                 '/cutaway.v1.Introspection/SelfCheck',
                 request_serializer=cutaway_dot_v1_dot_introspection__pb2.SelfCheckRequest.SerializeToString,
@@ -112,6 +125,41 @@ class IntrospectionStub:
                 request_serializer=cutaway_dot_v1_dot_machine__pb2.PredictCacheHitRequest.SerializeToString,
                 response_deserializer=cutaway_dot_v1_dot_machine__pb2.PredictCacheHitResponse.FromString,
                 _registered_method=True)
+        self.GetWeights = channel.unary_stream(
+                '/cutaway.v1.Introspection/GetWeights',
+                request_serializer=cutaway_dot_v1_dot_weights__pb2.GetWeightsRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_weights__pb2.GetWeightsResponse.FromString,
+                _registered_method=True)
+        self.GetNearestTokens = channel.unary_unary(
+                '/cutaway.v1.Introspection/GetNearestTokens',
+                request_serializer=cutaway_dot_v1_dot_weights__pb2.GetNearestTokensRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_weights__pb2.GetNearestTokensResponse.FromString,
+                _registered_method=True)
+        self.Fork = channel.unary_stream(
+                '/cutaway.v1.Introspection/Fork',
+                request_serializer=cutaway_dot_v1_dot_introspection__pb2.ForkRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_introspection__pb2.ForkResponse.FromString,
+                _registered_method=True)
+        self.PutVectors = channel.stream_unary(
+                '/cutaway.v1.Introspection/PutVectors',
+                request_serializer=cutaway_dot_v1_dot_stored__pb2.PutVectorsRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_stored__pb2.PutVectorsResponse.FromString,
+                _registered_method=True)
+        self.PutRun = channel.unary_unary(
+                '/cutaway.v1.Introspection/PutRun',
+                request_serializer=cutaway_dot_v1_dot_introspection__pb2.PutRunRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_introspection__pb2.PutRunResponse.FromString,
+                _registered_method=True)
+        self.ListVectors = channel.unary_unary(
+                '/cutaway.v1.Introspection/ListVectors',
+                request_serializer=cutaway_dot_v1_dot_stored__pb2.ListVectorsRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_stored__pb2.ListVectorsResponse.FromString,
+                _registered_method=True)
+        self.DeleteVectors = channel.unary_unary(
+                '/cutaway.v1.Introspection/DeleteVectors',
+                request_serializer=cutaway_dot_v1_dot_stored__pb2.DeleteVectorsRequest.SerializeToString,
+                response_deserializer=cutaway_dot_v1_dot_stored__pb2.DeleteVectorsResponse.FromString,
+                _registered_method=True)
 
 
 class IntrospectionServicer:
@@ -148,6 +196,20 @@ class IntrospectionServicer:
 
     def LogitLens(self, request, context):
         """Streams what the model would say if it ended after each layer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Attribution(self, request, context):
+        """Streams what each part of the network adds to a token's logit: direct logit attribution.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Sweep(self, request, context):
+        """Patches or ablates layer by layer, position by position, head by head, and tells what each change does to a metric.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -223,6 +285,57 @@ class IntrospectionServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetWeights(self, request, context):
+        """Streams a weight, or a slice of it, as it is served. Off unless the operator allows it. Scope `weights`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetNearestTokens(self, request, context):
+        """Tells which tokens a vector of the residual stream, or a neuron, is about. Off unless the operator allows it. Scope
+        `weights`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Fork(self, request, context):
+        """Continues a completion of a request of the caller's tenant that runs, or has ended and is kept, from any of its
+        tokens: as a request of its own, which shares the pages of the tokens before. Scope `generate`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutVectors(self, request_iterator, context):
+        """Keeps a safetensors file, so that edits and captures can name its tensors. Scope `introspect` or `edit`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutRun(self, request, context):
+        """Computes a request and keeps what it captures, for edits of other requests. Counts among the tenant's files.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListVectors(self, request, context):
+        """Tells what is kept for the caller's tenant. Scope `introspect` or `edit`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteVectors(self, request, context):
+        """Forgets a file of the caller's tenant. Scope `introspect` or `edit`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_IntrospectionServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -250,6 +363,16 @@ def add_IntrospectionServicer_to_server(servicer, server):
                     servicer.LogitLens,
                     request_deserializer=cutaway_dot_v1_dot_introspection__pb2.LogitLensRequest.FromString,
                     response_serializer=cutaway_dot_v1_dot_introspection__pb2.LogitLensResponse.SerializeToString,
+            ),
+            'Attribution': grpc.unary_stream_rpc_method_handler(
+                    servicer.Attribution,
+                    request_deserializer=cutaway_dot_v1_dot_introspection__pb2.AttributionRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_introspection__pb2.AttributionResponse.SerializeToString,
+            ),
+            'Sweep': grpc.unary_stream_rpc_method_handler(
+                    servicer.Sweep,
+                    request_deserializer=cutaway_dot_v1_dot_sweep__pb2.SweepRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_sweep__pb2.SweepResponse.SerializeToString,
             ),
             'SelfCheck': grpc.unary_unary_rpc_method_handler(
                     servicer.SelfCheck,
@@ -300,6 +423,41 @@ def add_IntrospectionServicer_to_server(servicer, server):
                     servicer.PredictCacheHit,
                     request_deserializer=cutaway_dot_v1_dot_machine__pb2.PredictCacheHitRequest.FromString,
                     response_serializer=cutaway_dot_v1_dot_machine__pb2.PredictCacheHitResponse.SerializeToString,
+            ),
+            'GetWeights': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetWeights,
+                    request_deserializer=cutaway_dot_v1_dot_weights__pb2.GetWeightsRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_weights__pb2.GetWeightsResponse.SerializeToString,
+            ),
+            'GetNearestTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetNearestTokens,
+                    request_deserializer=cutaway_dot_v1_dot_weights__pb2.GetNearestTokensRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_weights__pb2.GetNearestTokensResponse.SerializeToString,
+            ),
+            'Fork': grpc.unary_stream_rpc_method_handler(
+                    servicer.Fork,
+                    request_deserializer=cutaway_dot_v1_dot_introspection__pb2.ForkRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_introspection__pb2.ForkResponse.SerializeToString,
+            ),
+            'PutVectors': grpc.stream_unary_rpc_method_handler(
+                    servicer.PutVectors,
+                    request_deserializer=cutaway_dot_v1_dot_stored__pb2.PutVectorsRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_stored__pb2.PutVectorsResponse.SerializeToString,
+            ),
+            'PutRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutRun,
+                    request_deserializer=cutaway_dot_v1_dot_introspection__pb2.PutRunRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_introspection__pb2.PutRunResponse.SerializeToString,
+            ),
+            'ListVectors': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVectors,
+                    request_deserializer=cutaway_dot_v1_dot_stored__pb2.ListVectorsRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_stored__pb2.ListVectorsResponse.SerializeToString,
+            ),
+            'DeleteVectors': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteVectors,
+                    request_deserializer=cutaway_dot_v1_dot_stored__pb2.DeleteVectorsRequest.FromString,
+                    response_serializer=cutaway_dot_v1_dot_stored__pb2.DeleteVectorsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -438,6 +596,60 @@ class Introspection:
             '/cutaway.v1.Introspection/LogitLens',
             cutaway_dot_v1_dot_introspection__pb2.LogitLensRequest.SerializeToString,
             cutaway_dot_v1_dot_introspection__pb2.LogitLensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Attribution(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cutaway.v1.Introspection/Attribution',
+            cutaway_dot_v1_dot_introspection__pb2.AttributionRequest.SerializeToString,
+            cutaway_dot_v1_dot_introspection__pb2.AttributionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Sweep(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cutaway.v1.Introspection/Sweep',
+            cutaway_dot_v1_dot_sweep__pb2.SweepRequest.SerializeToString,
+            cutaway_dot_v1_dot_sweep__pb2.SweepResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -708,6 +920,195 @@ class Introspection:
             '/cutaway.v1.Introspection/PredictCacheHit',
             cutaway_dot_v1_dot_machine__pb2.PredictCacheHitRequest.SerializeToString,
             cutaway_dot_v1_dot_machine__pb2.PredictCacheHitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cutaway.v1.Introspection/GetWeights',
+            cutaway_dot_v1_dot_weights__pb2.GetWeightsRequest.SerializeToString,
+            cutaway_dot_v1_dot_weights__pb2.GetWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetNearestTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cutaway.v1.Introspection/GetNearestTokens',
+            cutaway_dot_v1_dot_weights__pb2.GetNearestTokensRequest.SerializeToString,
+            cutaway_dot_v1_dot_weights__pb2.GetNearestTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fork(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cutaway.v1.Introspection/Fork',
+            cutaway_dot_v1_dot_introspection__pb2.ForkRequest.SerializeToString,
+            cutaway_dot_v1_dot_introspection__pb2.ForkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutVectors(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/cutaway.v1.Introspection/PutVectors',
+            cutaway_dot_v1_dot_stored__pb2.PutVectorsRequest.SerializeToString,
+            cutaway_dot_v1_dot_stored__pb2.PutVectorsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cutaway.v1.Introspection/PutRun',
+            cutaway_dot_v1_dot_introspection__pb2.PutRunRequest.SerializeToString,
+            cutaway_dot_v1_dot_introspection__pb2.PutRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListVectors(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cutaway.v1.Introspection/ListVectors',
+            cutaway_dot_v1_dot_stored__pb2.ListVectorsRequest.SerializeToString,
+            cutaway_dot_v1_dot_stored__pb2.ListVectorsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteVectors(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cutaway.v1.Introspection/DeleteVectors',
+            cutaway_dot_v1_dot_stored__pb2.DeleteVectorsRequest.SerializeToString,
+            cutaway_dot_v1_dot_stored__pb2.DeleteVectorsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,6 +7,9 @@ from collections import abc as _abc
 from cutaway.v1 import introspection_pb2 as _introspection_pb2
 from cutaway.v1 import machine_pb2 as _machine_pb2
 from cutaway.v1 import replay_pb2 as _replay_pb2
+from cutaway.v1 import stored_pb2 as _stored_pb2
+from cutaway.v1 import sweep_pb2 as _sweep_pb2
+from cutaway.v1 import weights_pb2 as _weights_pb2
 from grpc import aio as _aio
 import abc as _abc_1
 import grpc as _grpc
@@ -45,6 +48,10 @@ class IntrospectionStub:
     """Streams attention patterns of a prompt: the short way to another."""
     LogitLens: _grpc.UnaryStreamMultiCallable[_introspection_pb2.LogitLensRequest, _introspection_pb2.LogitLensResponse]
     """Streams what the model would say if it ended after each layer."""
+    Attribution: _grpc.UnaryStreamMultiCallable[_introspection_pb2.AttributionRequest, _introspection_pb2.AttributionResponse]
+    """Streams what each part of the network adds to a token's logit: direct logit attribution."""
+    Sweep: _grpc.UnaryStreamMultiCallable[_sweep_pb2.SweepRequest, _sweep_pb2.SweepResponse]
+    """Patches or ablates layer by layer, position by position, head by head, and tells what each change does to a metric."""
     SelfCheck: _grpc.UnaryUnaryMultiCallable[_introspection_pb2.SelfCheckRequest, _introspection_pb2.SelfCheckResponse]
     """Computes a prompt and tests on it what must hold of a transformer's inner values, with the error found."""
     Estimate: _grpc.UnaryUnaryMultiCallable[_introspection_pb2.EstimateRequest, _introspection_pb2.EstimateResponse]
@@ -65,6 +72,24 @@ class IntrospectionStub:
     """Tells which requests of the caller's tenant wait, run, or have ended and are kept. Scope `observe`."""
     PredictCacheHit: _grpc.UnaryUnaryMultiCallable[_machine_pb2.PredictCacheHitRequest, _machine_pb2.PredictCacheHitResponse]
     """Tells how much of a prompt the prefix cache has. Scope `observe` or `generate`."""
+    GetWeights: _grpc.UnaryStreamMultiCallable[_weights_pb2.GetWeightsRequest, _weights_pb2.GetWeightsResponse]
+    """Streams a weight, or a slice of it, as it is served. Off unless the operator allows it. Scope `weights`."""
+    GetNearestTokens: _grpc.UnaryUnaryMultiCallable[_weights_pb2.GetNearestTokensRequest, _weights_pb2.GetNearestTokensResponse]
+    """Tells which tokens a vector of the residual stream, or a neuron, is about. Off unless the operator allows it. Scope
+    `weights`.
+    """
+    Fork: _grpc.UnaryStreamMultiCallable[_introspection_pb2.ForkRequest, _introspection_pb2.ForkResponse]
+    """Continues a completion of a request of the caller's tenant that runs, or has ended and is kept, from any of its
+    tokens: as a request of its own, which shares the pages of the tokens before. Scope `generate`.
+    """
+    PutVectors: _grpc.StreamUnaryMultiCallable[_stored_pb2.PutVectorsRequest, _stored_pb2.PutVectorsResponse]
+    """Keeps a safetensors file, so that edits and captures can name its tensors. Scope `introspect` or `edit`."""
+    PutRun: _grpc.UnaryUnaryMultiCallable[_introspection_pb2.PutRunRequest, _introspection_pb2.PutRunResponse]
+    """Computes a request and keeps what it captures, for edits of other requests. Counts among the tenant's files."""
+    ListVectors: _grpc.UnaryUnaryMultiCallable[_stored_pb2.ListVectorsRequest, _stored_pb2.ListVectorsResponse]
+    """Tells what is kept for the caller's tenant. Scope `introspect` or `edit`."""
+    DeleteVectors: _grpc.UnaryUnaryMultiCallable[_stored_pb2.DeleteVectorsRequest, _stored_pb2.DeleteVectorsResponse]
+    """Forgets a file of the caller's tenant. Scope `introspect` or `edit`."""
 
 @_typing.type_check_only
 class IntrospectionAsyncStub(IntrospectionStub):
@@ -81,6 +106,10 @@ class IntrospectionAsyncStub(IntrospectionStub):
     """Streams attention patterns of a prompt: the short way to another."""
     LogitLens: _aio.UnaryStreamMultiCallable[_introspection_pb2.LogitLensRequest, _introspection_pb2.LogitLensResponse]  # type: ignore[assignment]
     """Streams what the model would say if it ended after each layer."""
+    Attribution: _aio.UnaryStreamMultiCallable[_introspection_pb2.AttributionRequest, _introspection_pb2.AttributionResponse]  # type: ignore[assignment]
+    """Streams what each part of the network adds to a token's logit: direct logit attribution."""
+    Sweep: _aio.UnaryStreamMultiCallable[_sweep_pb2.SweepRequest, _sweep_pb2.SweepResponse]  # type: ignore[assignment]
+    """Patches or ablates layer by layer, position by position, head by head, and tells what each change does to a metric."""
     SelfCheck: _aio.UnaryUnaryMultiCallable[_introspection_pb2.SelfCheckRequest, _introspection_pb2.SelfCheckResponse]  # type: ignore[assignment]
     """Computes a prompt and tests on it what must hold of a transformer's inner values, with the error found."""
     Estimate: _aio.UnaryUnaryMultiCallable[_introspection_pb2.EstimateRequest, _introspection_pb2.EstimateResponse]  # type: ignore[assignment]
@@ -101,6 +130,24 @@ class IntrospectionAsyncStub(IntrospectionStub):
     """Tells which requests of the caller's tenant wait, run, or have ended and are kept. Scope `observe`."""
     PredictCacheHit: _aio.UnaryUnaryMultiCallable[_machine_pb2.PredictCacheHitRequest, _machine_pb2.PredictCacheHitResponse]  # type: ignore[assignment]
     """Tells how much of a prompt the prefix cache has. Scope `observe` or `generate`."""
+    GetWeights: _aio.UnaryStreamMultiCallable[_weights_pb2.GetWeightsRequest, _weights_pb2.GetWeightsResponse]  # type: ignore[assignment]
+    """Streams a weight, or a slice of it, as it is served. Off unless the operator allows it. Scope `weights`."""
+    GetNearestTokens: _aio.UnaryUnaryMultiCallable[_weights_pb2.GetNearestTokensRequest, _weights_pb2.GetNearestTokensResponse]  # type: ignore[assignment]
+    """Tells which tokens a vector of the residual stream, or a neuron, is about. Off unless the operator allows it. Scope
+    `weights`.
+    """
+    Fork: _aio.UnaryStreamMultiCallable[_introspection_pb2.ForkRequest, _introspection_pb2.ForkResponse]  # type: ignore[assignment]
+    """Continues a completion of a request of the caller's tenant that runs, or has ended and is kept, from any of its
+    tokens: as a request of its own, which shares the pages of the tokens before. Scope `generate`.
+    """
+    PutVectors: _aio.StreamUnaryMultiCallable[_stored_pb2.PutVectorsRequest, _stored_pb2.PutVectorsResponse]  # type: ignore[assignment]
+    """Keeps a safetensors file, so that edits and captures can name its tensors. Scope `introspect` or `edit`."""
+    PutRun: _aio.UnaryUnaryMultiCallable[_introspection_pb2.PutRunRequest, _introspection_pb2.PutRunResponse]  # type: ignore[assignment]
+    """Computes a request and keeps what it captures, for edits of other requests. Counts among the tenant's files."""
+    ListVectors: _aio.UnaryUnaryMultiCallable[_stored_pb2.ListVectorsRequest, _stored_pb2.ListVectorsResponse]  # type: ignore[assignment]
+    """Tells what is kept for the caller's tenant. Scope `introspect` or `edit`."""
+    DeleteVectors: _aio.UnaryUnaryMultiCallable[_stored_pb2.DeleteVectorsRequest, _stored_pb2.DeleteVectorsResponse]  # type: ignore[assignment]
+    """Forgets a file of the caller's tenant. Scope `introspect` or `edit`."""
 
 class IntrospectionServicer(metaclass=_abc_1.ABCMeta):
     """Reads inner values of requests, and the state of the machine. Asks for the scope `introspect` where no other is named."""
@@ -144,6 +191,22 @@ class IntrospectionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_introspection_pb2.LogitLensResponse], _abc.AsyncIterator[_introspection_pb2.LogitLensResponse]]:
         """Streams what the model would say if it ended after each layer."""
+
+    @_abc_1.abstractmethod
+    def Attribution(
+        self,
+        request: _introspection_pb2.AttributionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_introspection_pb2.AttributionResponse], _abc.AsyncIterator[_introspection_pb2.AttributionResponse]]:
+        """Streams what each part of the network adds to a token's logit: direct logit attribution."""
+
+    @_abc_1.abstractmethod
+    def Sweep(
+        self,
+        request: _sweep_pb2.SweepRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_sweep_pb2.SweepResponse], _abc.AsyncIterator[_sweep_pb2.SweepResponse]]:
+        """Patches or ablates layer by layer, position by position, head by head, and tells what each change does to a metric."""
 
     @_abc_1.abstractmethod
     def SelfCheck(
@@ -224,5 +287,65 @@ class IntrospectionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_machine_pb2.PredictCacheHitResponse, _abc.Awaitable[_machine_pb2.PredictCacheHitResponse]]:
         """Tells how much of a prompt the prefix cache has. Scope `observe` or `generate`."""
+
+    @_abc_1.abstractmethod
+    def GetWeights(
+        self,
+        request: _weights_pb2.GetWeightsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_weights_pb2.GetWeightsResponse], _abc.AsyncIterator[_weights_pb2.GetWeightsResponse]]:
+        """Streams a weight, or a slice of it, as it is served. Off unless the operator allows it. Scope `weights`."""
+
+    @_abc_1.abstractmethod
+    def GetNearestTokens(
+        self,
+        request: _weights_pb2.GetNearestTokensRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weights_pb2.GetNearestTokensResponse, _abc.Awaitable[_weights_pb2.GetNearestTokensResponse]]:
+        """Tells which tokens a vector of the residual stream, or a neuron, is about. Off unless the operator allows it. Scope
+        `weights`.
+        """
+
+    @_abc_1.abstractmethod
+    def Fork(
+        self,
+        request: _introspection_pb2.ForkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_introspection_pb2.ForkResponse], _abc.AsyncIterator[_introspection_pb2.ForkResponse]]:
+        """Continues a completion of a request of the caller's tenant that runs, or has ended and is kept, from any of its
+        tokens: as a request of its own, which shares the pages of the tokens before. Scope `generate`.
+        """
+
+    @_abc_1.abstractmethod
+    def PutVectors(
+        self,
+        request_iterator: _MaybeAsyncIterator[_stored_pb2.PutVectorsRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_stored_pb2.PutVectorsResponse, _abc.Awaitable[_stored_pb2.PutVectorsResponse]]:
+        """Keeps a safetensors file, so that edits and captures can name its tensors. Scope `introspect` or `edit`."""
+
+    @_abc_1.abstractmethod
+    def PutRun(
+        self,
+        request: _introspection_pb2.PutRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_introspection_pb2.PutRunResponse, _abc.Awaitable[_introspection_pb2.PutRunResponse]]:
+        """Computes a request and keeps what it captures, for edits of other requests. Counts among the tenant's files."""
+
+    @_abc_1.abstractmethod
+    def ListVectors(
+        self,
+        request: _stored_pb2.ListVectorsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_stored_pb2.ListVectorsResponse, _abc.Awaitable[_stored_pb2.ListVectorsResponse]]:
+        """Tells what is kept for the caller's tenant. Scope `introspect` or `edit`."""
+
+    @_abc_1.abstractmethod
+    def DeleteVectors(
+        self,
+        request: _stored_pb2.DeleteVectorsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_stored_pb2.DeleteVectorsResponse, _abc.Awaitable[_stored_pb2.DeleteVectorsResponse]]:
+        """Forgets a file of the caller's tenant. Scope `introspect` or `edit`."""
 
 def add_IntrospectionServicer_to_server(servicer: IntrospectionServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

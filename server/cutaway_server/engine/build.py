@@ -29,6 +29,7 @@ from cutaway_server.kernels.cpu import CpuKernels
 from cutaway_server.kernels.dequantise import dequantised
 from cutaway_server.kernels.interface import OpenKernels
 from cutaway_server.kernels.library import load_library
+from cutaway_server.kernels.reading import WeightReader
 from cutaway_server.kernels.reference import ReferenceKernels
 from cutaway_server.kernels.rounding import NO_ROUNDING, Rounding
 from cutaway_server.kernels.weights import Weights, served_dtype
@@ -66,6 +67,7 @@ class EngineFacts:
     total_pages: int  # without page 0
     eos_token_ids: frozenset[int]
     defaults: SamplingOptions
+    weights: WeightReader
 
 
 def build_engine(
@@ -99,7 +101,7 @@ def build_engine(
     facts = EngineFacts(
         checkpoint.config, model_hash, n_parameters, kernels.name, WIRE_DTYPES[dtype], quantized,
         WIRE_DTYPES[kv_dtype], device.type, context, config.max_running, config.max_queued, config.max_batch_tokens,
-        config.page_size, pages.n_pages - 1, checkpoint.eos_token_ids, checkpoint.defaults,
+        config.page_size, pages.n_pages - 1, checkpoint.eos_token_ids, checkpoint.defaults, kernels.weight_reader,
     )  # fmt: skip
     log.info(
         "%s: %d parameters in %s (quantised: %s) on %s, %s kernels, %d pages of %d tokens in %s",

@@ -44,6 +44,18 @@ def find_stored(engine: Engine, name: str, index: int) -> Stored:
     return Stored(request, index, len(found.tokens), found.stored, False)
 
 
+def tokens_of(engine: Engine, name: str, index: int) -> tuple[Request, tuple[int, ...]]:
+    """A request, and the tokens of its completion `index` so far: prompt and output.
+
+    Raises:
+        NotFound: no such request, or completion.
+    """
+    request, found = find(engine, name, index)
+    if isinstance(found, Sequence):
+        return request, tuple(found.tokens[: len(found.tokens) - found.promised])
+    return request, found.tokens
+
+
 def read_stored(
     engine: Engine, of: Stored, layer: int, positions: Items[int], heads: Items[int] | None = None
 ) -> tuple[Tensor, Tensor]:

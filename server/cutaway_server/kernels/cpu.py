@@ -23,6 +23,7 @@ from cutaway_server.kernels.native_matrix import NativeMatrix
 from cutaway_server.kernels.packing import AnyPacked, pack, pack_gated
 from cutaway_server.kernels.packing_quantized import PackedStack
 from cutaway_server.kernels.plan import Plan, all_frequencies, rotations
+from cutaway_server.kernels.reading import PackedLayer, PackedWeights, WeightReader, packed_layer
 from cutaway_server.kernels.reference import Added, AttentionInput, Embedded, MlpInput, Normed, turned
 from cutaway_server.kernels.rounding import NO_ROUNDING, Rounding
 from cutaway_server.kernels.weight_memory import WeightMemory
@@ -78,6 +79,8 @@ class CpuKernels:
         self._positions = weights.positions
         self._shape = _shape(config, self._dtype, threads or torch.get_num_threads())
         self._qk_norms = [(layer.q_norm, layer.k_norm) for layer in weights.layers]
+        self._packed: list[PackedLayer] = []
+        self._final_norm = weights.final_norm
         layers = [self._layer(i, layer) for i, layer in enumerate(weights.layers)]
         self._all_layers = (CLayer * len(layers))(*layers)
         self._layer_at = _addresses(self._all_layers)
@@ -91,6 +94,12 @@ class CpuKernels:
         self._mlp_input = library.operation(variant, "mlp_input")
         self._mlp_output = library.operation(variant, "mlp_output")
         self._unembed_native = library.operation(variant, "unembed")
+
+    @property
+    def weight_reader(self) -> WeightReader:
+        """What reads the weights back."""
+        embed = self._unembed if self._embed is None else self._embed
+        return PackedWeights(self._packed, embed, self._unembed, self._positions, self._final_norm)
 
     def plan(self, batch: Batch) -> CpuPlan:
         """What all layers of one step share."""
@@ -281,6 +290,7 @@ class CpuKernels:
             packed(w.qkv, w.qkv_bias), packed(w.attention_out, w.attention_out_bias), gated(w.mlp_in, w.mlp_in_bias),
             packed(w.mlp_out, w.mlp_out_bias),
         )  # fmt: skip
+        self._packed.append(packed_layer(matrices, w, self.config.d_mlp if self.config.gated else None))
         norms = (w.norm1, w.norm1_post, w.norm2, w.norm2_post, w.q_norm, w.k_norm)
         return CLayer(
             *(self._matrix(m) for m in matrices), *(self._norm(n) for n in norms), here.window or 0,

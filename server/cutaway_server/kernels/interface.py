@@ -14,6 +14,7 @@ from cutaway_server.architecture import ModelConfig
 from cutaway_server.cache.pages import Pages
 from cutaway_server.kernels.batch import Batch
 from cutaway_server.kernels.plan import Plan
+from cutaway_server.kernels.reading import WeightReader
 from cutaway_server.kernels.reference import Added, AttentionInput, Embedded, MlpInput, Normed
 
 
@@ -65,6 +66,10 @@ class OpenKernels(Kernels, Protocol):
 
     Open forms compute the rows they are given and store nothing.
     """
+
+    @property
+    def weight_reader(self) -> WeightReader:
+        """What reads the weights back."""
 
     def open_embed(self, plan: Plan) -> Embedded:
         """The embeddings one by one."""

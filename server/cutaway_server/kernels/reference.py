@@ -18,6 +18,7 @@ from cutaway_server.kernels.batch import Batch
 from cutaway_server.kernels.linear import linear
 from cutaway_server.kernels.patterns import patterns
 from cutaway_server.kernels.plan import Plan, all_frequencies, make_plan
+from cutaway_server.kernels.reading import HeldWeights, WeightReader
 from cutaway_server.kernels.rope import rotate
 from cutaway_server.kernels.weights import Norm, Weights, embedding
 
@@ -86,6 +87,11 @@ class ReferenceKernels:
         self.config = config
         self.weights = weights
         self.frequencies = all_frequencies(config, context, weights.device)
+
+    @property
+    def weight_reader(self) -> WeightReader:
+        """What reads the weights back."""
+        return HeldWeights(self.weights)
 
     def plan(self, batch: Batch) -> Plan:
         """What all layers of one step share."""

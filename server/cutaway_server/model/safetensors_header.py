@@ -50,8 +50,17 @@ def read_header(path: Path) -> Mapping[str, Entry]:
             raw = file.read(length)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+    return entries_of(raw, path, size)
+
+
+def entries_of(raw: bytes, path: Path, size: int) -> Mapping[str, Entry]:
+    """The tensors of a file of `size` bytes whose header is `raw`; `path` is what it is called in messages.
+
+    Raises:
+        ModelError: the header breaks a rule of the format.
+    """
     header = parse_object(raw, f"{path}, header").values
-    data = 8 + length
+    data = 8 + len(raw)
     entries = {name: _entry(path, name, item, data) for name, item in header.items() if name != "__metadata__"}
     _check_coverage(path, entries, data, size)
     return entries

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cutaway_server.architecture import ModelConfig
-from cutaway_server.captures import SUMMARIES, Capture, HeadSummary, Lens, Norm, Pool, Project, SumKeys, TopK
+from cutaway_server.captures import SUMMARIES, Capture, Features, HeadSummary, Lens, Norm, Pool, Project, SumKeys, TopK
 from cutaway_server.probe.points import POINTS, Cost, size_of
 
 INDEX_BYTES = 4
@@ -53,6 +53,8 @@ def _row(config: ModelConfig, capture: Capture, item: int) -> int:
             return outer * len(vectors) * item
         case Lens(top_k, token_ids):
             return (top_k + len(token_ids)) * (item + INDEX_BYTES)
+        case Features(_, top_k):
+            return top_k * (item + INDEX_BYTES) + INDEX_BYTES
     return outer * last * item
 
 

@@ -18,7 +18,7 @@ from cutaway_server.probe.knockout import Knocked
 from cutaway_server.probe.looks import Look
 from cutaway_server.probe.patterns import Attended, PatternGroup
 from cutaway_server.probe.points import POINTS
-from cutaway_server.probe.reduce import Outcome, lens, reduce_values
+from cutaway_server.probe.reduce import Outcome, lens, reduce_values, translated
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +117,7 @@ class Recorder:
             return self._final(group)
         values = torch.stack(group.stash)
         if isinstance(group.capture.reduction, Lens):
+            values = translated(group.capture.reduction, values)
             tiles = torch.split(values.flatten(0, 1), LOGIT_ROWS)
             whole = joined([lens(group.capture, self.kernels.unembed(tile)[None]) for tile in tiles], 1)
             parts = {name: torch.unflatten(part[0], 0, values.shape[:2]) for name, part in whole.parts.items()}

@@ -7,7 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cutaway_server.captures import SUMMARIES, Capture, HeadSummary, Lens, Norm, Places, Project, SumKeys, TopK
+from cutaway_server.captures import (
+    SUMMARIES,
+    Capture,
+    Features,
+    HeadSummary,
+    Lens,
+    Norm,
+    Places,
+    Project,
+    SumKeys,
+    TopK,
+)
+from cutaway_server.kernels.linear import linear
+from cutaway_server.probe.features import features
 
 Parts = dict[str, Tensor]
 Axes = tuple[tuple[str, Places], ...]
@@ -39,6 +52,12 @@ def reduce_values(capture: Capture, values: Tensor, trailing: Axes) -> Outcome:
         case Project(vectors):
             products = values @ torch.from_numpy(vectors).to(values.device).T
             return Outcome({"": products}, {"": (*trailing[:-1], ("vector", range(len(vectors))))})
+        case Features(sae, top_k):
+            joined = values.flatten(2)
+            parts = features(sae, top_k, joined.flatten(0, 1))
+            shaped = {name: torch.unflatten(part, 0, joined.shape[:2]) for name, part in parts.items()}
+            axes: Axes = (("top", range(top_k)),)
+            return Outcome(shaped, {"values": axes, "indices": axes, "active": ()})
     raise AssertionError(f"{capture.reduction} is of patterns, or is the lens")
 
 
@@ -51,6 +70,19 @@ def _largest(values: Tensor, k: int, places: Tensor, before: Axes) -> Outcome:
     axes = (*before, ("top", range(found.shape[-1])))
     parts = {"values": values.gather(-1, found), "indices": places[found], "mass": mass}
     return Outcome(parts, {"values": axes, "indices": axes, "mass": before})
+
+
+def translated(how: Lens, values: Tensor) -> Tensor:
+    """Residuals fp32 [layers, rows, d_model], each through its layer's translator of a tuned lens, if it has one."""
+    if not how.translators:
+        return values
+    made = []
+    for residual, translator in zip(values, how.translators, strict=True):
+        if translator is not None:
+            weight, bias = (torch.from_numpy(each).to(values.device) for each in (translator.weight, translator.bias))
+            residual = residual + linear(residual, weight, bias)
+        made.append(residual)
+    return torch.stack(made)
 
 
 def lens(capture: Capture, logits: Tensor) -> Outcome:

@@ -28,6 +28,8 @@ KNOWN = frozenset(Scope)  # any credential will do
 GENERATE = frozenset({Scope.GENERATE})
 OBSERVE = frozenset({Scope.OBSERVE})
 INTROSPECT = frozenset({Scope.INTROSPECT})
+WEIGHTS = frozenset({Scope.WEIGHTS})
+PUT_ASIDE = frozenset({Scope.INTROSPECT, Scope.EDIT})
 INTROSPECTION = "/cutaway.v1.Introspection/"
 HEALTH = "/grpc.health.v1.Health/"
 REFLECTION = "/grpc.reflection.{}.ServerReflection/ServerReflectionInfo"
@@ -44,6 +46,7 @@ METHODS: Mapping[str, frozenset[Scope]] = {
     INTROSPECTION + "GetHiddenStates": INTROSPECT,
     INTROSPECTION + "GetAttention": INTROSPECT,
     INTROSPECTION + "LogitLens": INTROSPECT,
+    INTROSPECTION + "Attribution": INTROSPECT,
     INTROSPECTION + "SelfCheck": INTROSPECT,
     INTROSPECTION + "Estimate": INTROSPECT,
     INTROSPECTION + "GetCacheStats": OBSERVE,
@@ -53,6 +56,14 @@ METHODS: Mapping[str, frozenset[Scope]] = {
     INTROSPECTION + "ListRequests": OBSERVE,
     INTROSPECTION + "PredictCacheHit": OBSERVE | GENERATE,
     INTROSPECTION + "ReadCache": INTROSPECT,
+    INTROSPECTION + "Fork": GENERATE,
+    INTROSPECTION + "PutRun": INTROSPECT,
+    INTROSPECTION + "Sweep": INTROSPECT,
+    INTROSPECTION + "GetWeights": WEIGHTS,
+    INTROSPECTION + "GetNearestTokens": WEIGHTS,
+    INTROSPECTION + "PutVectors": PUT_ASIDE,
+    INTROSPECTION + "ListVectors": PUT_ASIDE,
+    INTROSPECTION + "DeleteVectors": PUT_ASIDE,
     INTROSPECTION + "ReplaySample": INTROSPECT,
     HEALTH + "Check": KNOWN,
     HEALTH + "List": KNOWN,

@@ -25,6 +25,7 @@ from cutaway_server.service.capturing import captures_of
 from cutaway_server.service.editing import edits_of
 from cutaway_server.service.outbox import token_size
 from cutaway_server.service.reply import Asked
+from cutaway_server.service.shelf import Shelf
 from cutaway_server.service.texts import check_flags, is_set, prompt_ids, token_ids
 from cutaway_server.service.tokens import sampling_options, wire_token
 from cutaway_server.text.stream import CompletionText, StreamDecoder, stop_texts
@@ -41,6 +42,7 @@ class Limits:
     max_prompt_bytes: int
     max_backlog: int
     max_capture_bytes: int
+    shelf: Shelf
 
 
 def ask(
@@ -60,7 +62,8 @@ def ask(
     options = sampling_options(message.sampling).over(limits.facts.defaults)
     prompt = _prompt(message, model, limits)
     sampling = sampling_of(options, model, limits.facts, len(prompt))
-    captures = captures_of(message.captures, limits.facts.config, len(prompt), sampling.max_tokens)
+    drawer = limits.shelf.of(caller.tenant)
+    captures = captures_of(message.captures, limits.facts.config, len(prompt), sampling.max_tokens, drawer)
     request = Request(
         name_of(message),
         prompt,
@@ -72,7 +75,7 @@ def ask(
         priority=caller.priority,
         share=caller.share,
         captures=captures,
-        edits=edits_of(message.edits, limits.facts.config, len(prompt), sampling.max_tokens),
+        edits=edits_of(message.edits, limits.facts.config, len(prompt), sampling.max_tokens, drawer),
     )
     size = sum(bytes_of(request, limits))
     allowed = message.max_capture_bytes if message.HasField("max_capture_bytes") else None

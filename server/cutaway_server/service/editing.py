@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
@@ -17,6 +18,7 @@ from cutaway_server.positions import Rows
 from cutaway_server.probe.points import Point, find, size_of
 from cutaway_server.service.capturing import HEADS, layers_of
 from cutaway_server.service.selecting import indices, merged, rows, spans_of
+from cutaway_server.service.shelf import EMPTY, Drawer, flattened
 
 MAX_EDITS = 16
 MAX_DIRECTIONS = 64
@@ -24,8 +26,10 @@ MAX_FACTOR = 1e6
 SMALLEST = 1e-6  # a direction's part that the others do not have, of its length
 
 
-def edits_of(messages: Iterable[v1.Edit], config: ModelConfig, prompt_length: int, max_tokens: int) -> Edits:
-    """Check the edits of a request.
+def edits_of(
+    messages: Iterable[v1.Edit], config: ModelConfig, prompt_length: int, max_tokens: int, drawer: Drawer = EMPTY
+) -> Edits:
+    """Check the edits of a request; `drawer` has the files that they may name.
 
     Raises:
         InvalidField: one breaks a rule: field, value and rule are named.
@@ -51,8 +55,11 @@ def edits_of(messages: Iterable[v1.Edit], config: ModelConfig, prompt_length: in
             knocked.append(_knock_out(message, field, config, prompt_length, computed))
             where: tuple[Rows, object] = (knocked[-1].rows, ())
         else:
-            changed.append(_edit(message, field, config, prompt_length, computed))
-            where = (changed[-1].rows, changed[-1].change.places if isinstance(changed[-1].change, edits.Set) else ())
+            made = _edits(message, field, config, drawer, prompt_length, computed)
+            changed += made
+            where = (made[-1].rows, made[-1].change.places if isinstance(made[-1].change, edits.Set) else ())
+            if named := _named(message):
+                salt.update(drawer.salt(named))
         salt.update(_fingerprint(message, *where))
     _check_keys_left(knocked, config, computed)
     return Edits(tuple(changed), tuple(knocked), tuple(sorted(overrides.items())), salt.digest())
@@ -68,7 +75,19 @@ def _fingerprint(message: v1.Edit, selected: Rows, places: object) -> bytes:
     return b"%d %d " % (len(data), len(rows_told)) + data + rows_told
 
 
-def _edit(message: v1.Edit, field: str, config: ModelConfig, prompt_length: int, computed: int) -> Edit:
+def _named(message: v1.Edit) -> str:
+    """The stored file that an edit names; "": none."""
+    change = getattr(message, message.WhichOneof("change") or "")
+    for field in ("stored", "run"):
+        if field in change.DESCRIPTOR.fields_by_name and change.HasField(field):
+            return str(getattr(change, field).id)
+    return ""
+
+
+def _edits(
+    message: v1.Edit, field: str, config: ModelConfig, drawer: Drawer, prompt_length: int, computed: int
+) -> list[Edit]:
+    """What a message changes: from a run, each layer by itself, for its values are its own."""
     found = find(config, message.point, f"{field}.point")
     point = found.point
     if not point.writable:
@@ -85,29 +104,75 @@ def _edit(message: v1.Edit, field: str, config: ModelConfig, prompt_length: int,
     where = rows(message.positions, f"{field}.positions", prompt_length, computed)
     n_heads = 1 if axis is None else len(heads) if heads is not None else size_of(config, axis)
     width = len(elements) if elements is not None else size_of(config, last)
-    change = _change(message, field, point, (where, computed), n_heads, width)
-    return Edit(point.name, layers_of(message, found, config, field), change, heads, where, elements)
+    place = _Place(point, where, computed, n_heads, width, drawer)
+    layers = layers_of(message, found, config, field)
+    if message.set.HasField("run"):
+        own = {layer: _from_run(message.set, field, place, layer, (heads, elements)) for layer in layers}
+        return [Edit(point.name, (layer,), change, heads, where, elements) for layer, change in own.items()]
+    return [Edit(point.name, layers, _change(message, field, place), heads, where, elements)]
 
 
-def _change(message: v1.Edit, field: str, point: Point, where: tuple[Rows, int], n_heads: int, width: int) -> Change:
+def _from_run(
+    message: v1.Set, field: str, place: _Place, layer: int, selected: tuple[tuple[int, ...] | None, ...]
+) -> edits.Set:
+    """The values of a run at a layer's point, of the heads and elements selected."""
+    if message.values or message.HasField("stored"):
+        raise InvalidField(f"{field}.set", "values or stored", "must not be set beside run")
+    heads, elements = selected
+    kept = place.drawer.find(message.run.id, f"{field}.set.run.id")
+    places = tuple(place.where.within(0, place.computed))
+    taken = tuple(message.run.positions) or places
+    if len(taken) != len(places):
+        rule = f"must be as many as the {len(places)} rows selected"
+        raise InvalidField(f"{field}.set.run.positions", f"{len(taken)} positions", rule)
+    rows = kept.rows(place.point.name.replace("{i}", str(layer)), taken, f"{field}.set.run")
+    headed = rows if rows.ndim == 3 else rows[:, None]
+    headed = headed if heads is None else headed[:, list(heads)]
+    return edits.Set(np.ascontiguousarray(headed if elements is None else headed[..., list(elements)]), places)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What an edit changes: a point, rows of those before `computed`, so many heads of so many numbers."""
+
+    point: Point
+    where: Rows
+    computed: int
+    n_heads: int
+    width: int
+    drawer: Drawer
+
+    def numbers(self, message: v1.Add | v1.Set | v1.ProjectOut | v1.Clamp, name: str, field: str) -> Floats:
+        """Numbers that come with an edit as bytes called `name`, or that it names as a stored tensor."""
+        given: bytes = getattr(message, name)
+        if not message.HasField("stored"):
+            return numbers(given, f"{field}.{name}")
+        if given:
+            raise InvalidField(f"{field}.{name}", f"{len(given)} bytes", "must not be set beside stored")
+        return flattened(self.drawer.values(message.stored, f"{field}.stored"))
+
+
+def _change(message: v1.Edit, field: str, place: _Place) -> Change:
     kind = message.WhichOneof("change")
-    place = f"{field}.{kind}"
+    named, width, n_heads = f"{field}.{kind}", place.width, place.n_heads
     match kind:
         case "add":
-            vector = numbers(message.add.vector, f"{place}.vector").reshape(-1)
+            vector = place.numbers(message.add, "vector", named)
             if len(vector) not in (width, n_heads * width):
-                raise InvalidField(f"{place}.vector", f"{len(vector)} numbers", _shape(point, width, n_heads))
-            scale = _finite(message.add.scale, f"{place}.scale") if message.add.HasField("scale") else 1.0
+                rule = _shape(place.point, width, n_heads)
+                raise InvalidField(f"{named}.vector", f"{len(vector)} numbers", rule)
+            scale = _finite(message.add.scale, f"{named}.scale") if message.add.HasField("scale") else 1.0
             return edits.Add(vector.reshape(-1, width) * np.float32(scale))
         case "scale":
-            return edits.Scale(_finite(message.scale.factor, f"{place}.factor"))
+            return edits.Scale(_finite(message.scale.factor, f"{named}.factor"))
         case "zero":
             return edits.Scale(0.0)
         case "set":
-            return _set(message.set, place, point, where, n_heads, width)
+            return _set(message.set, named, place)
         case "project_out":
-            return edits.ProjectOut(_basis(message.project_out.directions, f"{place}.directions", width))
-    return _clamp(message.clamp, place, width)
+            directions = place.numbers(message.project_out, "directions", named)
+            return edits.ProjectOut(_basis(directions, f"{named}.directions", width))
+    return _clamp(message.clamp, named, place)
 
 
 def _shape(point: Point, width: int, n_heads: int) -> str:
@@ -115,21 +180,19 @@ def _shape(point: Point, width: int, n_heads: int) -> str:
     return one if n_heads == 1 else f"{one} for all heads alike, or {n_heads} times as many"
 
 
-def _set(message: v1.Set, place: str, point: Point, where: tuple[Rows, int], n_heads: int, width: int) -> edits.Set:
-    values = numbers(message.values, f"{place}.values")
-    selected, computed = where
+def _set(message: v1.Set, named: str, place: _Place) -> edits.Set:
+    values, n_heads, width = place.numbers(message, "values", named), place.n_heads, place.width
     if len(values) in (width, n_heads * width):
         return edits.Set(values.reshape(1, -1, width), ())
-    places = tuple(selected.within(0, computed))
+    places = tuple(place.where.within(0, place.computed))
     if len(values) == len(places) * n_heads * width:
         return edits.Set(values.reshape(len(places), n_heads, width), places)
-    rule = f"{_shape(point, width, n_heads)}, or so many for each of the {len(places)} rows selected"
-    raise InvalidField(f"{place}.values", f"{len(values)} numbers", rule)
+    rule = f"{_shape(place.point, width, n_heads)}, or so many for each of the {len(places)} rows selected"
+    raise InvalidField(f"{named}.values", f"{len(values)} numbers", rule)
 
 
-def _basis(data: bytes, field: str, width: int) -> Floats:
+def _basis(directions: Floats, field: str, width: int) -> Floats:
     """Orthonormal vectors [n, width] that span the directions."""
-    directions = numbers(data, field)
     if len(directions) % width or not 1 <= len(directions) // width <= MAX_DIRECTIONS:
         rule = f"must be 1 to {MAX_DIRECTIONS} vectors of {width} numbers"
         raise InvalidField(field, f"{len(directions)} numbers", rule)
@@ -141,17 +204,17 @@ def _basis(data: bytes, field: str, width: int) -> Floats:
     return np.ascontiguousarray(basis[sizes > SMALLEST * sizes[0]], np.float32)
 
 
-def _clamp(message: v1.Clamp, place: str, width: int) -> edits.Clamp:
-    direction = numbers(message.direction, f"{place}.direction")
-    if len(direction) != width:
-        raise InvalidField(f"{place}.direction", f"{len(direction)} numbers", f"must be {width}")
+def _clamp(message: v1.Clamp, named: str, place: _Place) -> edits.Clamp:
+    direction = place.numbers(message, "direction", named)
+    if len(direction) != place.width:
+        raise InvalidField(f"{named}.direction", f"{len(direction)} numbers", f"must be {place.width}")
     length = np.linalg.norm(direction.astype(np.float64))
     if not length:
-        raise InvalidField(f"{place}.direction", "a vector of zeros", "has no direction")
-    least = _finite(message.min, f"{place}.min") if message.HasField("min") else -math.inf
-    most = _finite(message.max, f"{place}.max") if message.HasField("max") else math.inf
+        raise InvalidField(f"{named}.direction", "a vector of zeros", "has no direction")
+    least = _finite(message.min, f"{named}.min") if message.HasField("min") else -math.inf
+    most = _finite(message.max, f"{named}.max") if message.HasField("max") else math.inf
     if least > most or (least, most) == (-math.inf, math.inf):
-        raise InvalidField(place, f"min {least:g}, max {most:g}", "one must be set, and min must not be above max")
+        raise InvalidField(named, f"min {least:g}, max {most:g}", "one must be set, and min must not be above max")
     return edits.Clamp((direction / length).astype(np.float32), least, most)
 
 

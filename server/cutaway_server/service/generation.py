@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +20,10 @@ from cutaway_server.service.asking import Limits, ask, name_of
 from cutaway_server.service.caller import Caller, Scope, current
 from cutaway_server.service.describing import started
 from cutaway_server.service.desk import Desk
+from cutaway_server.service.gathering import Gathered
 from cutaway_server.service.quotas import Quotas
 from cutaway_server.service.reply import Asked, Reply
+from cutaway_server.service.shelf import Shelf
 from cutaway_server.service.status import Context, Loading, PermissionDenied
 from cutaway_server.service.workers import Workers
 from cutaway_server.text.tokenizer import TextModel
@@ -43,7 +45,8 @@ class Served:
 class Generation:
     """Computes requests. `served` is set when the model is ready; until then calls are UNAVAILABLE."""
 
-    def __init__(self, desk: Desk, workers: Workers, config: Config, quotas: Quotas) -> None:
+    def __init__(self, desk: Desk, workers: Workers, config: Config, quotas: Quotas, shelf: Shelf) -> None:
+        self.shelf = shelf
         self.served: Served | None = None
         self._desk = desk
         self._workers = workers
@@ -64,7 +67,8 @@ class Generation:
     def limits(self) -> Limits:
         """What requests must stay within."""
         config = self._config
-        return Limits(self.ready().facts, config.max_prompt_bytes, config.max_backlog, config.max_capture_bytes)
+        facts = self.ready().facts
+        return Limits(facts, config.max_prompt_bytes, config.max_backlog, config.max_capture_bytes, self.shelf)
 
     async def ask(
         self, request: v1.GenerateRequest, deadline: float | None = None, *, limits: Limits | None = None
@@ -85,13 +89,45 @@ class Generation:
 
     # Writing to the context, rather than yielding, lets a cancelled call clean up at once.
     async def stream(
-        self, request: v1.GenerateRequest, context: Context, wrap: Callable[[v1.GenerateResponse], Message]
-    ) -> None:
-        """Stream one request's events, each as the message that `wrap` makes of it."""
-        async with self._answering(request, context) as reply:
+        self, request: v1.GenerateRequest, context: Context, wrap: Callable[[v1.GenerateResponse], Message],
+        alter: Callable[[Asked], Asked] | None = None,
+    ) -> None:  # fmt: skip
+        """Stream one request's events, each as the message that `wrap` makes of it; `alter` changes what is asked."""
+        async with self._answering(request, context, alter=alter) as reply:
             while messages := await reply.take():
                 for message in messages:
                     await context.write(wrap(message))
+
+    async def distil(
+        self, request: v1.GenerateRequest, context: Context, wrap: Callable[[v1.GenerateResponse], Message],
+        make: Callable[[Gathered], Iterable[v1.GenerateResponse]],
+    ) -> None:  # fmt: skip
+        """Stream one request's events, and in place of its tensors what `make`, on a worker thread, makes of them."""
+        gathered, last = Gathered(), None
+        async with self._answering(request, context) as reply:
+            while messages := await reply.take():
+                for message in messages:
+                    match message.WhichOneof("event"):
+                        case "tensor" | "chunk":
+                            gathered.take(message)
+                        case "finished":
+                            last = message
+                        case _:
+                            await context.write(wrap(message))
+            for made in await self.work(lambda: list(make(gathered))):
+                await context.write(wrap(made))
+        if last is not None:
+            await context.write(wrap(last))
+
+    async def gather(self, request: v1.GenerateRequest, context: Context) -> Gathered:
+        """What a request captures, once it is computed."""
+        gathered = Gathered()
+        async with self._answering(request, context) as reply:
+            while messages := await reply.take():
+                for message in messages:
+                    if message.WhichOneof("event") in ("tensor", "chunk"):
+                        gathered.take(message)
+        return gathered
 
     async def run(
         self, request: v1.GenerateRequest, context: Context, take: Callable[[v1.GenerateResponse], None], *,
@@ -109,8 +145,10 @@ class Generation:
 
     @asynccontextmanager
     async def _answering(
-        self, request: v1.GenerateRequest, context: Context, most_tokens: int | None = None
-    ) -> AsyncIterator[Reply]:
+        self, request: v1.GenerateRequest, context: Context, most_tokens: int | None = None,
+        alter: Callable[[Asked], Asked] | None = None,
+    ) -> AsyncIterator[Reply]:  # fmt: skip
+        """The reply to a request, for as long as the block lasts."""
         call = current()
         call.looks_inside = bool(request.captures or request.edits)
         served = self.ready()
@@ -120,6 +158,7 @@ class Generation:
         request.request_id = name_of(request)
         with self._desk.arriving(request.request_id, call.caller.tenant):
             asked = await self.ask(request, deadline)
+            asked = asked if alter is None else alter(asked)
             call.request_id = request.request_id
             length = len(asked.request.prompt)
             if most_tokens is not None and not 2 <= length <= most_tokens:
@@ -127,13 +166,18 @@ class Generation:
             if self._config.log_prompts:
                 log.info("request %s: prompt %r", call.request_id, served.text.decode(asked.request.prompt))
             make = partial(Reply, asked, started(served.facts), self._config.max_backlog)
-            size = asked.capture_bytes
-            with (
-                self._quotas.captures(call.caller, size),
-                self._holding(size),
-                self._desk.stream(asked.request, make) as reply,
-            ):
+            with self.holding(asked.capture_bytes), self._desk.stream(asked.request, make) as reply:
                 yield reply
+
+    @contextmanager
+    def holding(self, size: int) -> Iterator[None]:
+        """Hold bytes of captures, of the caller's and of everybody's, for as long as the block lasts.
+
+        Raises:
+            QueueFull: there is no room for them now.
+        """
+        with self._quotas.captures(current().caller, size), self._holding(size):
+            yield
 
     @contextmanager
     def _holding(self, size: int) -> Iterator[None]:

@@ -14,6 +14,7 @@ from cutaway_server.errors import InvalidField, OverBudget
 from cutaway_server.probe.estimate import open_layers
 from cutaway_server.probe.points import Cost, Point, aliases_of, points_of, size_of
 from cutaway_server.service.asking import bytes_of, check_budget
+from cutaway_server.service.attributing import Attributing, capture_needed, choice_of
 from cutaway_server.service.generation import Generation
 from cutaway_server.service.selecting import indices
 from cutaway_server.service.self_check import LONGEST, Gathered, check_request, told
@@ -87,6 +88,17 @@ class Introspection:
         if request.HasField("top_k"):
             capture.top_k.k = request.top_k
         await self._generation.stream(asked, context, lambda event: v1.GetAttentionResponse(event=event))
+
+    async def Attribution(self, request: v1.AttributionRequest, context: Context) -> None:
+        """Stream what each part of the network adds to a logit."""
+        served = self._generation.ready()
+        asked = without_captures(request.generate)
+        choice = await self._generation.work(partial(choice_of, request, served.text, served.facts))
+        attributing = Attributing(choice, served.facts)
+        capture_needed(asked, request.positions, attributing.names)
+        await self._generation.distil(
+            asked, context, lambda event: v1.AttributionResponse(event=event), attributing.messages
+        )
 
     async def SelfCheck(self, request: v1.SelfCheckRequest, context: Context) -> v1.SelfCheckResponse:
         """Test what must hold."""

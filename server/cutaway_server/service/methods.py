@@ -12,6 +12,7 @@ from cutaway_server.service.status import answering
 MAKERS = {  # by whether requests, and responses, are streams
     (False, False): grpc.unary_unary_rpc_method_handler,
     (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
     (True, True): grpc.stream_stream_rpc_method_handler,
 }
 

@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 from cutaway.v1 import inference_pb2 as v1
@@ -21,6 +22,8 @@ from cutaway_server.service.access import Gate
 from cutaway_server.service.audit import AuditLog
 from cutaway_server.service.credentials import CredentialStore
 from cutaway_server.service.desk import Backend, Desk
+from cutaway_server.service.files import load_files
+from cutaway_server.service.forking import Forking
 from cutaway_server.service.generation import Generation, Served
 from cutaway_server.service.health import Health, first_of
 from cutaway_server.service.inference import Inference
@@ -29,9 +32,13 @@ from cutaway_server.service.machine import Machine
 from cutaway_server.service.methods import methods_of
 from cutaway_server.service.metrics import Metrics
 from cutaway_server.service.probes import probes
+from cutaway_server.service.putting_aside import PuttingAside
 from cutaway_server.service.quotas import Quotas
 from cutaway_server.service.reflection import V1, V1ALPHA, Reflection
+from cutaway_server.service.shelf import Shelf
+from cutaway_server.service.sweeping import Sweeping
 from cutaway_server.service.tls import Certificates
+from cutaway_server.service.weighing import Weighing
 from cutaway_server.service.workers import Workers
 from cutaway_server.text.tokenizer import TextModel
 
@@ -51,16 +58,18 @@ class Server:
     """The service's parts, put together. Belongs to the event loop it is made on."""
 
     def __init__(self, config: Config) -> None:
-        """Read the credentials and certificates.
+        """Read the credentials, certificates, and the operator's vectors.
 
         Raises:
-            CredentialsError, CertificateError, AuditError: a file is missing or wrong.
+            CredentialsError, CertificateError, AuditError, ModelError: a file is missing or wrong.
         """
         self._config = config
         self._workers = Workers(config.tokenizer_threads, config.max_running + config.max_queued)
         self.desk = Desk(asyncio.get_running_loop())
         self.quotas = Quotas()
-        self._generation = Generation(self.desk, self._workers, config, self.quotas)
+        shelf = Shelf(config.stored_bytes, load_files(Path(config.vectors)) if config.vectors is not None else ())
+        self._generation = Generation(self.desk, self._workers, config, self.quotas, shelf)
+        self._forking = Forking(self._generation)
         self._machine = Machine(self._generation, self._workers, config)
         self._health = Health(("", INFERENCE.full_name, INTROSPECTION.full_name))
         self.metrics = Metrics(config, lambda: self._generation.held)
@@ -75,7 +84,15 @@ class Server:
         reflection = Reflection([INFERENCE.full_name, INTROSPECTION.full_name, HEALTH.full_name])
         parts = [
             methods_of(INFERENCE, Inference(self.desk, self._workers, config, self._generation)),
-            methods_of(INTROSPECTION, Introspection(self._generation), self._machine),
+            methods_of(
+                INTROSPECTION,
+                Introspection(self._generation),
+                self._machine,
+                PuttingAside(shelf, self._workers, self._generation),
+                Weighing(self._generation, config),
+                Sweeping(self._generation),
+                self._forking,
+            ),
             methods_of(HEALTH, self._health),
             methods_of(V1ALPHA, reflection),
             methods_of(V1ALPHA, reflection, name=V1),
@@ -114,6 +131,7 @@ class Server:
         self.desk.connect(backend)
         self._generation.served = Served(facts, text)
         self._machine.connect(backend)
+        self._forking.connect(backend)
         await self._tell(serving=True)
 
     async def drain(self, *cuts: asyncio.Event) -> None:

@@ -27,6 +27,7 @@ from cutaway_server.kernels.cuda.work import CudaPlan, Layout, Splits, tile_work
 from cutaway_server.kernels.patterns import patterns
 from cutaway_server.kernels.plan import Plan, all_frequencies, rotations
 from cutaway_server.kernels.quantized import Quantized
+from cutaway_server.kernels.reading import HeldWeights, WeightReader
 from cutaway_server.kernels.reference import Added, AttentionInput, Embedded, MlpInput, Normed, turned
 from cutaway_server.kernels.weights import Matrix, Norm, Weights, embedding, served_dtype
 
@@ -51,6 +52,11 @@ class CudaKernels:
         """What pages may hold."""
         scaled = LARGEST if _converts_fp8(self.weights.device) else (torch.int8,)
         return (self.dtype, *scaled)
+
+    @property
+    def weight_reader(self) -> WeightReader:
+        """What reads the weights back."""
+        return HeldWeights(self.weights)
 
     def plan(self, batch: Batch) -> CudaPlan:
         """What all layers of one step share. A batch that is still on the host costs one copy and no waiting."""
