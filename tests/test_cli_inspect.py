@@ -117,6 +117,15 @@ def test_cells_have_colours_where_there_are_some_and_signs_where_not() -> None:
     assert "a █-··▒▒" in seen.get()
 
 
+def test_wide_letters_keep_the_columns_straight() -> None:
+    console = Console(width=40)
+    with console.capture() as seen:
+        console.print(HeatMap(np.eye(3), ["日本", "a", "b"], ["日", "b", "語c"], "t"))
+    _, first, second, *rows, _ = seen.get().splitlines()
+    assert (first, second) == ("         語", "     日b c")
+    assert rows[:2] == ["日本 ██····", "   a ··██··"]
+
+
 @pytest.mark.parametrize("command", ["attention", "hidden", "lens", "neurons"])
 def test_every_picture_can_be_saved(run, tmp_path: Path, command: str) -> None:
     file = tmp_path / "a.png"
@@ -139,6 +148,7 @@ def test_figures_show_the_values_and_their_names(client: Client) -> None:
     lens = client.logit_lens(TEXT, top_k=1)
     [axis, _] = lens_map(lens).axes
     assert axis.texts[0].get_text() == lens.texts[-1, 0, 0].replace(" ", "·")[:10], "the last layer is on top"
+    assert np.allclose(axis.images[0].get_array(), np.exp(lens.logprobs.values[::-1, :, 0]))
     with pytest.raises(ValueError, match="no likeliest tokens"):
         lens_map(client.logit_lens(TEXT, top_k=0, tokens=[5]))
     [empty] = client.trace(TEXT, captures=[Capture("resid_post.1", norm=True)]).values()

@@ -32,19 +32,23 @@ class HeatMap:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The title, the columns' names from top to bottom, a line for each row, and what the colours mean."""
         import numpy as np
+        from rich.cells import cell_len
         from rich.text import Text
 
-        margin = max(map(len, map(short, self.rows)), default=0) + 1
+        margin = max((cell_len(short(name)) for name in self.rows), default=0) + 1
         fitting = max(1, (options.max_width - margin) // CELL)
         first = max(0, len(self.columns) - fitting)
         values = self.values[:, first:]
         least, most, told = scale_of(values[np.isfinite(values)])
         yield Text(self.title, style="bold")
         for letters in upright([short(name) for name in self.columns[first:]]):
-            yield Text(" " * margin + "".join(letter.ljust(CELL) for letter in letters).rstrip(), style="dim")
+            yield Text(
+                " " * margin + "".join(letter + " " * (CELL - cell_len(letter)) for letter in letters).rstrip(),
+                style="dim",
+            )
         plain = console.no_color or console.color_system is None
         for name, row in zip(self.rows, values, strict=True):
-            line = Text(short(name).rjust(margin - 1) + " ", no_wrap=True)
+            line = Text(" " * (margin - 1 - cell_len(short(name))) + short(name) + " ", no_wrap=True)
             for value in row:
                 self._add(line, float(value), least, most, plain)
             yield line
