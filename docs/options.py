@@ -60,7 +60,16 @@ a CPU no number ever depends on the rest of the batch, so `--batch-invariant` is
     ),
     Subject(
         "Looking inside",
-        ("max-capture-bytes", "capture-memory", "retain-bytes", "retain-seconds", "inspect-text"),
+        (
+            "max-capture-bytes",
+            "capture-memory",
+            "retain-bytes",
+            "retain-seconds",
+            "inspect-text",
+            "vectors",
+            "stored-bytes",
+            "serve-weights",
+        ),
         """Both bound what captures may cost: a request that would send more than `--max-capture-bytes` is refused
 before anything is computed, with its size in the message, and values that readers have not taken yet fill
 `--capture-memory`. Keys need the scope `introspect` to look and `edit` to change.""",
